@@ -124,9 +124,8 @@ def test_logits_by_hand():
 
 def recurrent_mixer(config, weight, prefix, x):
     """Section 2.3 as printed: a Python loop over Eqs. 16 (slope) and 19 (decay)."""
-    B, N, D = x.shape
     C, eps = config["num_channels"], config["rms_norm_eps"]
-    Dc = D // C
+    Dc = x.shape[-1] // C
     i = np.arange(C)[:, None]
     beta, alpha = 2.0 ** (-8.0 * (i + 1) / C), 1 - 2.0 ** (-5.0 - i)  # (C, 1)
 
