@@ -1,0 +1,20 @@
+"""MCSD language models on Apple silicon: attention-free, with a state of fixed size.
+
+    from mlx_mcsd import load
+
+    model, tokenizer = load()  # the bundled storyteller; or a directory, or a hub id
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+__all__ = ["Model", "ModelArgs", "__version__", "load"]
+
+_HOME = {"load": ".loading", "Model": ".model", "ModelArgs": ".config"}
+
+
+def __getattr__(name: str):
+    # MLX and its libraries take seconds to import; `import mlx_mcsd` alone should not.
+    if name in _HOME:
+        return getattr(import_module(_HOME[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
