@@ -4,8 +4,9 @@ import math
 from fractions import Fraction
 
 import numpy as np
-import oracle
 import pytest
+
+import oracle
 from oracle import VARIANTS, random_checkpoint, relative_error
 
 EXACT = 1e-12  # float64 against float64
