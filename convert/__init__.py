@@ -1,0 +1,1 @@
+"""Conversion of MCSD checkpoints in the Hugging Face layout to MLX."""
