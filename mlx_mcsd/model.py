@@ -1,0 +1,167 @@
+"""The language model around the mixers, under mlx-lm's contract for a model file.
+
+    x = Embedding(tokens)                                            (B, N, D)
+    L times:  x = x + Mixer(RMSNorm(x));  x = x + GeGLU(RMSNorm(x))
+    logits = Head(RMSNorm(x))                                        (B, N, K)
+
+No positional encoding: the mixers carry order. Letters: B batch, N tokens, D hidden size, F MLP
+width, K vocabulary.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import create_ssm_mask
+from mlx_lm.models.cache import ArraysCache
+
+from . import mixers
+from .config import ModelArgs
+
+__all__ = ["Model", "ModelArgs"]  # mlx-lm looks both up here
+
+ACTIVATIONS = {"gelu": nn.gelu, "gelu_pytorch_tanh": nn.gelu_approx, "silu": nn.silu}
+
+
+class MLP(nn.Module):
+    """GeGLU: ``down(gelu(gate(x)) * up(x))``, gate and up in one matrix."""
+
+    fused = {"gate_up_proj": ("gate_proj", "up_proj")}  # noqa: RUF012 (a constant)
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        D, F = args.hidden_size, args.intermediate_size
+        self._act = ACTIVATIONS[args.hidden_act]
+        self.gate_up_proj = nn.Linear(D, 2 * F, bias=False)
+        self.down_proj = nn.Linear(F, D, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, N, D) -> (B, N, D)."""
+        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)  # (B, N, F) each
+        return self.down_proj(self._act(gate) * up)
+
+
+class Block(nn.Module):
+    """A mixer and an MLP, each behind its norm and added to the residual stream."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(args.hidden_size, args.rms_norm_eps)
+        self.mixer = mixers.get(args.mixer)(args)
+        self.mlp_norm = nn.RMSNorm(args.hidden_size, args.rms_norm_eps)
+        self.mlp = MLP(args)
+
+    def __call__(
+        self,
+        x: mx.array,
+        cache: ArraysCache | None = None,
+        mask: mx.array | None = None,
+        reset: mx.array | None = None,
+    ) -> mx.array:
+        """(B, N, D) -> (B, N, D); reads the mixer's state from the cache and leaves the new one."""
+        state = None if cache is None or cache.empty() else cache.cache
+        y, state = self.mixer(self.mixer_norm(x), state, mask, reset)
+        if cache is not None:
+            cache.cache = state
+            cache.advance(x.shape[1])
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = [Block(args) for _ in range(args.num_hidden_layers)]
+        self.norm = nn.RMSNorm(args.hidden_size, args.rms_norm_eps)
+
+    def __call__(
+        self,
+        inputs: mx.array | None,
+        cache: list[ArraysCache] | None = None,
+        input_embeddings: mx.array | None = None,
+        mask: mx.array | None = None,
+        reset: mx.array | None = None,
+    ) -> mx.array:
+        """(B, N) tokens, or (B, N, D) embeddings in their place, -> (B, N, D)."""
+        x = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        cache = cache or [None] * len(self.layers)
+        padding = create_ssm_mask(x, cache[0])
+        mask = padding if mask is None else mask if padding is None else mask & padding
+        for layer, c in zip(self.layers, cache, strict=True):
+            x = layer(x, c, mask, reset)
+        return self.norm(x)
+
+
+class Model(nn.Module):
+    """An MCSD language model.
+
+    Args:
+        args: shape and variant.
+    """
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        self.model = Backbone(args)
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    def __call__(
+        self,
+        inputs: mx.array | None,
+        cache: list[ArraysCache] | None = None,
+        input_embeddings: mx.array | None = None,
+        mask: mx.array | None = None,
+        reset: mx.array | None = None,
+    ) -> mx.array:
+        """Predict the token after each token.
+
+        Args:
+            inputs: (B, N) token ids; ignored where input_embeddings are given.
+            cache: from `make_cache`, read and updated; None begins a sequence and keeps nothing.
+            input_embeddings: (B, N, D) in place of the embedded tokens.
+            mask: (B, N) bool, False at padding, on whichever side; joined with the cache's own.
+            reset: (B, N) bool, True at the first token of each document packed into a row.
+
+        Returns:
+            Logits (B, N, K).
+        """
+        x = self.model(inputs, cache, input_embeddings, mask, reset)
+        return self.model.embed_tokens.as_linear(x) if self._tied else self.lm_head(x)
+
+    @property
+    def _tied(self) -> bool:
+        return self.args.tie_word_embeddings
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks."""
+        return self.model.layers
+
+    def make_cache(self) -> list[ArraysCache]:
+        """Return an empty cache a layer, with a slot for each array of the mixer's state."""
+        # mlx-lm reloads a saved cache by its class name, so this is its own class, not a subclass.
+        return [ArraysCache(len(layer.mixer.init_state(1))) for layer in self.layers]
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Bring a checkpoint's tensors under the run-time names.
+
+        Matrices a checkpoint stores apart and the model holds as one (`fused`) are concatenated
+        along their rows, quantized or not; those already one are left alone, and so is a set with a
+        part missing, which strict loading then reports by name. A tied head is dropped.
+        """
+        weights = dict(weights)
+        for path, module in self.named_modules():
+            for whole, parts in getattr(module, "fused", {}).items():
+                for kind in ("weight", "scales", "biases"):
+                    names = [f"{path}.{part}.{kind}" for part in parts]
+                    if all(name in weights for name in names):
+                        # Rows are the last but one axis: (out, in) or, per channel, (C, out, in).
+                        rows = [weights.pop(name) for name in names]
+                        weights[f"{path}.{whole}.{kind}"] = mx.concatenate(rows, axis=-2)
+        if self._tied:
+            for kind in ("weight", "scales", "biases"):
+                weights.pop(f"lm_head.{kind}", None)
+        return weights
