@@ -186,6 +186,8 @@ class MCSD(Mixer):
         C, Dc, k = self.C, self.Dc, len(self.projections)
         proj = self[f"{self.projections}_proj"]
         if self.channelwise:
+            if mx.default_device() == mx.cpu:
+                x = x.astype(mx.float32)  # the only dtype of gathered products on the CPU
             x = x.reshape(B * N, C, Dc).swapaxes(0, 1)  # (C, B*N, Dc)
             y = proj(x, mx.arange(C))  # (C, B*N, k*Dc)
             y = y.reshape(C, B, N, k * Dc).transpose(1, 2, 0, 3)  # (B, N, C, k*Dc)
