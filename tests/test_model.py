@@ -236,7 +236,7 @@ LAYER = "model.layers.1."
     ],
 )
 def test_strict(change, complaint):
-    """A tensor missing, left over or misshapen fails, and the message names it or its companions."""
+    """A tensor missing, left over or misshapen fails; the message names it or its companions."""
     config, tensors = random_checkpoint(35)
     model = mlx_model(config, tensors)
     for name, shape in change.items():
