@@ -1,0 +1,1 @@
+"""PyTorch reference of MCSD for Hugging Face transformers; shares no code with the MLX side."""

@@ -1,0 +1,441 @@
+"""PyTorch reference of MCSD (arXiv 2406.12230) for Hugging Face transformers.
+
+Glossary: B batch, N tokens, D hidden size, C channels, Dc = D / C, L layers, F MLP width,
+K vocabulary. U, V are the slope section's projections, E, F_ the decay section's; beta and alpha
+are their decays; a *slot* is one section of the block with its own history and state.
+
+The paper's quadratic form costs N x N; here the same sums run in chunks of ``CHUNK`` tokens, which
+is linear in N and exact. Where the paper is silent the choices are: histories are strictly past;
+the first token of a document sees itself (V'_1 = V_1, E'_1 = E_1) while the state starts at zero;
+the decay norm acts on the state (Eq. 20), not on the decay matrix (Eq. 9).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+
+from .configuration_mcsd import MCSDConfig
+
+CHUNK = 64
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def decay_powers(log_decay, length, device):
+    """lambda^0 .. lambda^length per channel, (C, length + 1): float64 powers stored as float32."""
+    exponents = torch.arange(length + 1, dtype=torch.float64)
+    rates = torch.tensor(log_decay, dtype=torch.float64)
+    return torch.exp(rates[:, None] * exponents).to(device=device, dtype=torch.float32)
+
+
+def decayed_sums(x, log_decay, state, mask=None, reset=None):
+    """h_{n+1} = lambda (h_n + x_n) over a sequence, chunk by chunk (Eqs. 16 and 19).
+
+    Inside a chunk, with p the number of real tokens before a position,
+    h_i = lambda^(p_i) h + sum_{j<i} m_j lambda^(p_i - p_j) x_j.
+
+    Args:
+        x: (B, N, C, Dc) float32.
+        log_decay: C logarithms of lambda.
+        state: (B, C, Dc) float32, h before the first token.
+        mask: (B, N) bool, False where a step must leave the state alone.
+        reset: (B, N) bool, True where a token starts a new document, on a zero state.
+
+    Returns:
+        h before each token, (B, N, C, Dc), and after the last, (B, C, Dc); both float32.
+    """
+    if x.dtype != torch.float32 or state.dtype != torch.float32:
+        raise TypeError(f"decayed_sums computes in float32 but got {x.dtype} and {state.dtype}.")
+    tokens = x.shape[1]
+    powers = decay_powers(log_decay, min(CHUNK, tokens), x.device)  # (C, T + 1)
+    outputs = []
+    for start in range(0, tokens, CHUNK):
+        part = slice(start, min(start + CHUNK, tokens))
+        length = part.stop - part.start
+        v = x[:, part].transpose(1, 2)  # (B, C, T, Dc)
+        if mask is None:
+            clock = torch.arange(length + 1, device=x.device)[None]  # (1, T + 1)
+        else:
+            real = mask[:, part]
+            v = v.masked_fill(~real[:, None, :, None], 0.0)
+            clock = F.pad(real.long().cumsum(1), (1, 0))  # (B, T + 1): real tokens so far
+        # Row i reads h_i, row T is the carry; token j has passed through clock_i - clock_j decays.
+        age = clock[:, :, None] - clock[:, None, :-1]  # (1 or B, T + 1, T)
+        weights = powers[:, age.clamp(min=0)].transpose(0, 1)  # (1 or B, C, T + 1, T)
+        past = torch.ones(length + 1, length, dtype=torch.bool, device=x.device).tril(-1)[None]
+        carried = powers[:, clock].transpose(0, 1)  # (1 or B, C, T + 1)
+        if reset is not None:
+            starts = reset[:, part] if mask is None else reset[:, part] & mask[:, part]
+            document = starts.long().cumsum(1)  # (B, T)
+            reader = torch.cat([document, document[:, -1:]], 1)  # (B, T + 1)
+            past = past & (reader[:, :, None] == document[:, None, :])
+            carried = carried * (reader == 0)[:, None]
+        weights = weights * past[:, None]
+        h = weights @ v + carried[..., None] * state[:, :, None]  # (B, C, T + 1, Dc)
+        outputs.append(h[:, :, :-1].transpose(1, 2))
+        state = h[:, :, -1]
+    return torch.cat(outputs, 1), state
+
+
+def decayed_step(x, log_decay, state, mask=None, reset=None):
+    """One token of :func:`decayed_sums`: same arguments and results, N = 1."""
+    decay = decay_powers(log_decay, 1, x.device)[:, 1:]  # (C, 1)
+    real = torch.ones_like(x[:, :, 0, 0], dtype=torch.bool) if mask is None else mask  # (B, 1)
+    real = real[:, :, None]
+    if reset is not None:
+        state = torch.where(reset[:, :, None] & real, 0.0, state)
+    return state[:, None], torch.where(real, decay * (state + x[:, 0]), state)
+
+
+def tokens_seen(count, tokens, mask=None, reset=None):
+    """How many tokens of its document precede each position: (B, N), and the count after, (B,)."""
+    batch = count.shape[0]
+    if mask is None:
+        mask = torch.ones(batch, tokens, dtype=torch.bool, device=count.device)
+    before = count[:, None] + mask.long().cumsum(1) - mask.long()
+    if reset is not None:
+        origin = torch.where(reset & mask, before, 0).cummax(1).values
+        before = before - origin
+    return before, before[:, -1] + mask[:, -1].long()
+
+
+class MCSDRMSNorm(nn.Module):
+    """RMSNorm with a learned gain, computed in float32."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        """Normalise the last axis; the result has x's dtype."""
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (y * self.weight.float()).to(x.dtype)
+
+
+class MCSDChannelNorm(nn.Module):
+    """RMSNorm of each channel's Dc features with one gain per feature, (D,), in float32 (Eq. 20)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x):
+        """Normalise x (B, N, C, Dc) float32 over Dc."""
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return y * self.weight.float().view(x.shape[-2:])
+
+
+class MCSDChannelLinear(nn.Module):
+    """One Dc x Dc matrix per channel (Eqs. 1 and 7); weight (C, Dc out, Dc in)."""
+
+    def __init__(self, channels, features):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, features, features))
+
+    def forward(self, x):
+        """(B, N, D) -> (B, N, D), channel by channel."""
+        grouped = x.unflatten(-1, self.weight.shape[:2])  # (B, N, C, Dc)
+        return torch.einsum("bnci,coi->bnco", grouped, self.weight).flatten(-2)
+
+
+class MCSDMixer(nn.Module):
+    """The MCSD block: slots of slope and decay sections, fused (paper section 2.2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, C = config.hidden_size, config.num_channels
+        self.channels, self.features = C, D // C
+        self.sections, self.fusion = config.sections, config.fusion
+
+        def projection():
+            if config.projection == "dense":
+                return nn.Linear(D, D, bias=False)
+            return MCSDChannelLinear(C, D // C)
+
+        log_beta = [-(2.0 ** (-8.0 * (i + 1) / C)) for i in range(C)]  # Eq. 2: log e^-beta
+        log_alpha = [math.log1p(-(2.0 ** (-5 - i))) for i in range(C)]  # Eq. 8
+        self.log_decays = []
+        if config.sections != ["decay"]:
+            self.u_proj, self.v_proj = projection(), projection()
+        if config.sections != ["slope"]:
+            self.e_proj, self.f_proj = projection(), projection()
+        for slot, section in enumerate(config.sections):
+            self.log_decays += log_beta if section == "slope" else log_alpha
+            if section == "decay":
+                self.add_module(self.norm_name(slot), MCSDChannelNorm(config))
+        if config.output_projection:
+            width = D * (len(config.sections) if config.fusion == "concat" else 1)
+            self.o_proj = nn.Linear(width, D, bias=False)
+
+    def norm_name(self, slot):
+        """Slot 0 of a double decay has the norm of its own name."""
+        return "decay_norm_0" if slot == 0 and self.sections == ["decay", "decay"] else "decay_norm"
+
+    def projections(self, slot):
+        """(current, history) of a slot; a lone decay section uses f and e."""
+        if slot == 1 or self.sections == ["decay"]:
+            return self.f_proj, self.e_proj
+        return self.u_proj, self.v_proj
+
+    def forward(self, x, state=None, mask=None, reset=None):
+        """Mix x (B, N, D) over time.
+
+        Args:
+            x: (B, N, D).
+            state: ((B, slots * C, Dc) float32, (B,) int64 count), or None at a start.
+            mask: (B, N) bool, False on padding.
+            reset: (B, N) bool, True where a document starts.
+
+        Returns:
+            (B, N, D) in x's dtype and the new state.
+        """
+        B, N, _ = x.shape
+        C, Dc, slots = self.channels, self.features, len(self.sections)
+        if state is None:
+            h = x.new_zeros(B, slots * C, Dc, dtype=torch.float32)
+            state = h, torch.zeros(B, dtype=torch.long, device=x.device)
+        h, count = state
+        currents, histories = [], []
+        for slot in range(slots):
+            current, history = self.projections(slot)
+            currents.append(current(x).float().view(B, N, C, Dc))
+            histories.append(history(x).float().view(B, N, C, Dc))
+        # The slots are one recurrence over slots * C channels.
+        form = decayed_step if N == 1 else decayed_sums
+        past, h = form(torch.cat(histories, 2), self.log_decays, h, mask, reset)
+        n, count = tokens_seen(count, N, mask, reset)
+        first = (n == 0)[:, :, None, None]
+        thetas = []
+        for slot, section in enumerate(self.sections):
+            of_slot = slice(slot * C, (slot + 1) * C)
+            value = past[:, :, of_slot]
+            if section == "slope":
+                value = value / self.slope_norm(n, self.log_decays[of_slot])
+            value = torch.where(first, histories[slot], value)  # V'_1 = V_1, E'_1 = E_1
+            if section == "slope":
+                thetas.append(currents[slot] * F.silu(value))  # Eq. 6
+            else:
+                norm = getattr(self, self.norm_name(slot))
+                thetas.append(torch.sigmoid(currents[slot]) * norm(value))  # Eq. 20
+        if self.fusion == "concat":
+            theta = torch.cat(thetas, -1).flatten(2)  # Eq. 13, (B, N, slots * D)
+        else:
+            theta = sum(thetas).flatten(2)  # Eq. 21, (B, N, D)
+        theta = theta.to(x.dtype)
+        if hasattr(self, "o_proj"):
+            theta = self.o_proj(theta)
+        return theta, (h, count)
+
+    @staticmethod
+    def slope_norm(n, log_decay):
+        """sum_{j=1}^{n} e^(-j beta), the weight of n past tokens (Eq. 5); n = 0 counts as 1."""
+        rate = torch.tensor(log_decay, dtype=torch.float64, device=n.device)
+        n = n.clamp(min=1)[:, :, None, None].to(torch.float64)
+        rate = rate[:, None]
+        return (torch.exp(rate) * torch.expm1(n * rate) / torch.expm1(rate)).float()
+
+
+class MCSDMLP(nn.Module):
+    """GeGLU: down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x):
+        """(B, N, D) -> (B, N, D)."""
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MCSDLayer(GradientCheckpointingLayer):
+    """x + MCSD(RMSNorm(x)), then x + GeGLU(RMSNorm(x)) (Fig. 1)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.mixer_norm = MCSDRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer = MCSDMixer(config)
+        self.mlp_norm = MCSDRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MCSDMLP(config)
+
+    def forward(self, x, state=None, mask=None, reset=None):
+        """(B, N, D) -> (B, N, D) and the mixer's new state."""
+        y, state = self.mixer(self.mixer_norm(x), state, mask, reset)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+class MCSDState:
+    """What the model remembers: per layer (histories, count); its size never grows."""
+
+    def __init__(self, layers):
+        self.layers = layers
+
+    def get_seq_length(self, layer_idx=0):
+        """Tokens read so far by the longest row."""
+        return int(self.layers[layer_idx][1].max())
+
+    def _map(self, function):
+        self.layers = [tuple(function(part) for part in layer) for layer in self.layers]
+
+    def reorder_cache(self, beam_idx):
+        """Pick rows in place, as beam search asks for."""
+        self._map(lambda part: part.index_select(0, beam_idx.to(part.device)))
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats):
+        """Repeat every row in place."""
+        self._map(lambda part: part.repeat_interleave(repeats, 0))
+
+
+@dataclass
+class MCSDModelOutput(ModelOutput):
+    """Backbone output: hidden states (B, N, D) and the state after the last token."""
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: MCSDState | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class MCSDCausalLMOutput(ModelOutput):
+    """Language model output: loss, logits (B, N, K) and the state after the last token."""
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: MCSDState | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+class MCSDPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation, as transformers expects them."""
+
+    config_class = MCSDConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("MCSDLayer",)
+    # A past token cannot be taken back out of the state.
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding, MCSDChannelLinear)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, (MCSDRMSNorm, MCSDChannelNorm)):
+            nn.init.ones_(module.weight)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls):
+        return False
+
+
+class MCSDModel(MCSDPreTrainedModel):
+    """Embedding, L layers, final norm."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MCSDLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = MCSDRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        reset=None,
+        use_cache=None,
+        output_hidden_states=None,
+        **kwargs,
+    ):
+        """Read tokens (B, N), or embeddings (B, N, D), on from a state.
+
+        Args:
+            input_ids: (B, N) token ids.
+            attention_mask: (B, N) or, as ``generate`` passes it, (B, all tokens so far); zeros are
+                padding, on either side, and leave the state alone.
+            past_key_values: the :class:`MCSDState` of an earlier call.
+            inputs_embeds: (B, N, D) in place of ``input_ids``.
+            reset: (B, N) bool, True where a packed document starts.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("[MCSDModel] give exactly one of input_ids and inputs_embeds.")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        mask = None
+        if attention_mask is not None:
+            mask = attention_mask[:, -x.shape[1] :].bool()
+            # Without padding the plain form is the same and cheaper.
+            mask = None if mask.all() else mask
+        states, seen = [], []
+        for index, layer in enumerate(self.layers):
+            seen.append(x)
+            state = None if past_key_values is None else past_key_values.layers[index]
+            x, state = layer(x, state, mask, reset)
+            states.append(state)
+        x = self.norm(x)
+        return MCSDModelOutput(
+            last_hidden_state=x,
+            past_key_values=MCSDState(states) if use_cache else None,
+            hidden_states=(*seen, x) if output_hidden_states else None,
+        )
+
+
+class MCSDForCausalLM(MCSDPreTrainedModel, GenerationMixin):
+    """MCSD with a language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = MCSDModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids=None, labels=None, logits_to_keep=0, **kwargs):
+        """Logits (B, N, K), the mean loss if ``labels`` (B, N, -100 ignored) are given, and the state.
+
+        ``logits_to_keep`` computes only the last so many positions (0: all); the other arguments
+        are those of :meth:`MCSDModel.forward`.
+        """
+        loss_args = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
+        kwargs.pop("return_dict", None)
+        out = self.model(input_ids, **kwargs)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_args
+            )
+        return MCSDCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+        )
+
+
+MCSDConfig.register_for_auto_class()
+MCSDModel.register_for_auto_class("AutoModel")
+MCSDForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,337 @@
+"""Train the bundled storyteller with the PyTorch reference: tokenizer, model, picture, card facts.
+
+    python examples/train_stories.py --out runs/stories --stories CASED.txt --lower LOWER.txt \
+        --books CHILDREN.txt.xz
+
+Stories are read as endless streams: every row continues where its last segment ended, with the
+state carried over and reset where a story begins, so that no story is cut. Books are mixed in
+early and fade out. Killed at any moment, the same command resumes from the last checkpoint.
+Writes OUT/hf (a Hugging Face directory to convert), OUT/log.jsonl and OUT/loss.png.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from sentencepiece import sentencepiece_model_pb2
+from stories_text import load_books, load_stories
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from mlx_mcsd.convert.reference.configuration_mcsd import MCSDConfig
+from mlx_mcsd.convert.reference.modeling_mcsd import MCSDForCausalLM, MCSDState
+from mlx_mcsd.convert.tokenizer import save_tokenizer
+
+
+def parse_args(argv=None):
+    """Command line; the defaults are those of the bundled model."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--stories", nargs="+", required=True, help="story files with capitals")
+    parser.add_argument("--lower", nargs="*", default=[], help="lower-case story files")
+    parser.add_argument("--books", nargs="*", default=[], help="books, .txt or .xz")
+    parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--channels", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--intermediate-size", type=int, default=768)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=16, help="rows a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens a row and step")
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--dropout", type=float, default=0.1, help="on each residual branch")
+    parser.add_argument("--book-share", type=float, default=0.4, help="of the tokens at the start")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--evaluate-every", type=int, default=250)
+    parser.add_argument("--checkpoint-every", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    return parser.parse_args(argv)
+
+
+def train_tokenizer(texts, vocab_size):
+    """A lossless SentencePiece BPE model: byte fallback, newline a piece, spaces unescaped."""
+    buffer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=buffer,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        byte_fallback=True,
+        character_coverage=0.9999,
+        pad_id=3,
+        user_defined_symbols=["\n"],
+        max_sentence_length=1 << 20,
+        minloglevel=2,
+    )
+    # The trainer needs escaped spaces to find words; unescaped, a text that holds the mark itself
+    # survives too.
+    model = sentencepiece_model_pb2.ModelProto.FromString(buffer.getvalue())
+    for piece in model.pieces:
+        piece.piece = piece.piece.replace("\u2581", " ")
+    model.normalizer_spec.escape_whitespaces = False
+    return model.SerializeToString()
+
+
+def encode(processor, texts):
+    """One int16 array a text: BOS, tokens, EOS."""
+    bos, eos = processor.bos_id(), processor.eos_id()
+    return [np.array([bos, *ids, eos], dtype=np.int16) for ids in processor.encode(texts)]
+
+
+class Streams:
+    """Endless (B, T + 1) token segments, each row continuing itself; the order is the seed's."""
+
+    def __init__(self, stories, books, args):
+        self.stories, self.books, self.args = stories, books, args
+        self.epoch = self.cursor = self.book = 0
+        self.rows = None
+
+    def state(self):
+        """What a checkpoint must keep."""
+        return {"epoch": self.epoch, "cursor": self.cursor, "book": self.book, "at": self.at}
+
+    def restore(self, state):
+        """Stand where a checkpoint stood."""
+        self.epoch, self.book, self.at = state["epoch"], state["book"], state["at"]
+        self._deal()
+        self.cursor = state["cursor"]
+
+    def _deal(self):
+        rng = random.Random(f"{self.args.seed}/{self.epoch}")
+        documents = list(self.stories)
+        share = self.args.book_share * max(0.0, 1 - 2 * self.at)
+        wanted = share / (1 - share) * sum(map(len, documents)) if self.books else 0
+        book = self.book
+        while wanted > 0:
+            passage = self.books[book % len(self.books)]
+            documents.append(passage)
+            wanted, book = wanted - len(passage), book + 1
+        self.next_book = book
+        rng.shuffle(documents)
+        tokens = np.concatenate(documents)
+        width = len(tokens) // self.args.batch
+        self.rows = tokens[: width * self.args.batch].reshape(self.args.batch, width)
+        self.cursor = 0
+
+    def next(self, progress):
+        """The next segment, and whether the rows start anew."""
+        fresh = self.rows is None
+        if fresh:
+            self.at = progress
+            self._deal()
+        elif self.cursor + self.args.length + 1 > self.rows.shape[1]:
+            self.epoch, self.book, self.at, fresh = self.epoch + 1, self.next_book, progress, True
+            self._deal()
+        segment = self.rows[:, self.cursor : self.cursor + self.args.length + 1]
+        self.cursor += self.args.length
+        return torch.from_numpy(segment.astype(np.int64)), fresh
+
+
+def add_dropout(model, rate):
+    """Dropout on what each mixer and MLP adds to the residual stream."""
+    for layer in model.model.layers:
+        layer.mixer.register_forward_hook(
+            lambda module, _, out: (F.dropout(out[0], rate, module.training), out[1])
+        )
+        layer.mlp.register_forward_hook(
+            lambda module, _, out: F.dropout(out, rate, module.training)
+        )
+
+
+def make_optimizers(model, args):
+    """Muon for the hidden matrices, AdamW for embedding and gains."""
+    hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    embedding = [model.model.embed_tokens.weight]
+    gains = [p for p in model.parameters() if p.ndim == 1]
+    muon = torch.optim.Muon(
+        hidden, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    adam = torch.optim.AdamW(
+        [
+            {"params": embedding, "weight_decay": args.weight_decay},
+            {"params": gains, "weight_decay": 0.0},
+        ],
+        lr=args.lr,
+        betas=(0.9, 0.95),
+    )
+    return [muon, adam]
+
+
+def schedule(step, args):
+    """Share of the peak learning rate: short warm-up, flat, then linear to zero over the last half."""
+    warm = min(1.0, (step + 1) / 100)
+    return warm * min(1.0, 2 * (1 - step / args.steps))
+
+
+@torch.no_grad()
+def bits_per_character(model, encoded, texts):
+    """Bits per character of whole stories, EOS included, each from an empty state."""
+    model.eval()
+    nats = 0.0
+    for start in range(0, len(encoded), 16):
+        rows = [torch.from_numpy(ids.astype(np.int64)) for ids in encoded[start : start + 16]]
+        batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+        logits = model(batch.clamp(min=0)[:, :-1], use_cache=False).logits
+        nats += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+    model.train()
+    return nats / math.log(2) / sum(map(len, texts))
+
+
+def save_atomically(payload, path):
+    """torch.save beside the target, then rename: a kill leaves the old checkpoint whole."""
+    partial = path.with_suffix(".partial")
+    torch.save(payload, partial)
+    partial.replace(path)
+
+
+def plot(log, path):
+    """Loss curve: training bits per token, held-out bits per character."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    train = [(r["step"], r["bits_per_character"]) for r in log if r["kind"] == "train"]
+    unseen = [(r["step"], r["bits_per_character"]) for r in log if r["kind"] == "unseen"]
+    axes.plot(*zip(*train, strict=True), lw=1, color="#9ecae1", label="training (with dropout)")
+    axes.plot(*zip(*unseen, strict=True), "o-", ms=3, color="#d9480f", label="unseen stories")
+    axes.set(xlabel="step", ylabel="bits per character", title="Bundled storyteller")
+    low = min(value for _, value in train + unseen)
+    axes.set_ylim(0.9 * low, 2.2)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main(argv=None):
+    """Train, evaluate, export."""
+    args = parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    train_texts, unseen_texts = load_stories(args.stories, args.lower, seed=args.seed)
+    model_file = args.out / "tokenizer.model"
+    if not model_file.exists():
+        model_file.write_bytes(train_tokenizer(train_texts, args.vocab_size))
+    proto = model_file.read_bytes()
+    processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    stories, unseen = encode(processor, train_texts), encode(processor, unseen_texts)
+    book_texts = load_books(args.books)
+    random.Random(args.seed).shuffle(book_texts)
+    streams = Streams(stories, encode(processor, book_texts), args)
+    tokens = sum(map(len, stories))
+    characters_per_token = sum(map(len, train_texts)) / tokens
+    print(f"{len(stories)} stories, {tokens} tokens; {len(unseen)} held out", file=sys.stderr)
+
+    config = MCSDConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        num_channels=args.channels,
+        num_hidden_layers=args.layers,
+        intermediate_size=args.intermediate_size,
+        projection="dense",
+        tie_word_embeddings=True,
+        bos_token_id=processor.bos_id(),
+        eos_token_id=processor.eos_id(),
+        pad_token_id=processor.pad_id(),
+    )
+    model = MCSDForCausalLM(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    add_dropout(model, args.dropout)
+    optimizers = make_optimizers(model, args)
+    checkpoint, log_path = args.out / "checkpoint.pt", args.out / "log.jsonl"
+    step, carried, log = 0, None, []
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        streams.restore(saved["streams"])
+        torch.set_rng_state(saved["rng"])
+        step, carried, log = saved["step"], saved["carried"], saved["log"]
+    model.train()
+    started = time.time()
+    bar = tqdm(total=args.steps, initial=step, unit="step", smoothing=0.05)
+    while step < args.steps:
+        segment, fresh = streams.next(step / args.steps)
+        inputs, targets = segment[:, :-1], segment[:, 1:]
+        reset = inputs == config.bos_token_id
+        past = None if fresh else MCSDState(carried)
+        out = model.model(inputs, reset=reset, past_key_values=past, use_cache=True)
+        # A story's first token follows nothing: predicting BOS after EOS teaches nothing.
+        targets = targets.masked_fill(targets == config.bos_token_id, -100)
+        logits = model.lm_head(out.last_hidden_state)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if not torch.isfinite(loss):
+            sys.exit(f"error: loss became {loss.item()} at step {step}; lower --lr and resume.")
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * schedule(step, args)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        carried = [tuple(t.detach() for t in layer) for layer in out.past_key_values.layers]
+        step += 1
+        bar.update()
+        bits = loss.item() / math.log(2) / characters_per_token
+        if step % 10 == 0:
+            bar.set_postfix(bpc=f"{bits:.3f}", norm=f"{norm:.2f}")
+            log.append({"kind": "train", "step": step, "bits_per_character": round(bits, 4)})
+        if step % args.evaluate_every == 0 or step == args.steps:
+            unseen_bits = bits_per_character(model, unseen, unseen_texts)
+            log.append({"kind": "unseen", "step": step, "bits_per_character": round(unseen_bits, 4)})
+            bar.write(f"step {step}: {unseen_bits:.4f} bits per character on unseen stories")
+            plot(log, args.out / "loss.png")
+        if step % args.checkpoint_every == 0 or step == args.steps:
+            save_atomically(
+                {
+                    "model": model.state_dict(),
+                    "optimizers": [o.state_dict() for o in optimizers],
+                    "streams": streams.state(),
+                    "rng": torch.get_rng_state(),
+                    "step": step,
+                    "carried": carried,
+                    "log": log,
+                },
+                checkpoint,
+            )
+            log_path.write_text("".join(json.dumps(line) + "\n" for line in log))
+    bar.close()
+
+    hf = args.out / "hf"
+    model.save_pretrained(hf)
+    save_tokenizer(hf, proto, config.max_position_embeddings)
+    sources = [*args.stories, *args.lower, *args.books]
+    facts = {
+        "parameters": parameters,
+        "bits_per_character_unseen": round(bits_per_character(model, unseen, unseen_texts), 4),
+        "unseen": {"stories": len(unseen), "characters": sum(map(len, unseen_texts))},
+        "training_tokens_seen": args.steps * args.batch * args.length,
+        "seconds_this_run": round(time.time() - started),
+        "sources": {Path(p).name: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in sources},
+        "options": {k: v for k, v in vars(args).items() if isinstance(v, int | float)},
+    }
+    (args.out / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(json.dumps(facts, indent=2))
+
+
+if __name__ == "__main__":
+    main()
