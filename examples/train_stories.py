@@ -45,7 +45,7 @@ def parse_args(argv=None):
     parser.add_argument("--channels", type=int, default=8)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--intermediate-size", type=int, default=768)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--batch", type=int, default=16, help="rows a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a row and step")
     parser.add_argument("--lr", type=float, default=4e-3)
