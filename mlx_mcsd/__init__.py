@@ -2,10 +2,16 @@
 
     from mlx_mcsd import load
 
-    model, tokenizer = load()  # the bundled storyteller; or a directory, or a hub id
+    model, tokenizer = load()
+
+loads the bundled storyteller; a directory or a hub id loads another model.
 """
 
+import os
 from importlib import import_module
+
+# Imported without PyTorch, transformers complains; nothing here needs it.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 __version__ = "0.1.0"
 __all__ = ["Model", "ModelArgs", "__version__", "load"]

@@ -11,7 +11,7 @@ one signature:
     h0      (B, C, Dc)      float32; None is zero
     mask    (B, N)          bool; where False no token exists: the state passes it unchanged
     reset   (B, N)          bool; the state restarts at zero *before* this token; void where masked
-    ->  h   (B, N, C, Dc)   float32, the state before each token; finite but void where masked
+    ->  h   (B, N, C, Dc)   float32, the state before each token
         h'  (B, C, Dc)      float32, the state after the last one
 
 State and accumulation are float32 whatever the input is: the slowest decays are 1.0 in bfloat16.
@@ -80,9 +80,9 @@ def chunked(
 ) -> tuple[mx.array, mx.array]:
     """Read N tokens at once: one matmul per chunk of T tokens, all chunks in parallel.
 
-    Inside a chunk that starts in state h, for i = 0..T, T being the next chunk's start,
+    Inside a chunk that starts in state h, for i = 1..T, the last being the next chunk's start,
 
-        h_i = lambda^i h + sum_{j < i} lambda^(i-j) x_j
+        h_i = lambda^i h + sum_{j < i} lambda^(i-j) x_j                         j = 0..T-1
 
     Masked tokens are taken out before and the states put back in their places after, so that the
     exponents count the tokens that exist and a padded row gives what the row gives alone.
@@ -91,27 +91,29 @@ def chunked(
         MCSDError: if a shape, a dtype or a decay is unfit.
     """
     lam, h0 = _check(x, lam, h0, mask, reset)
-    if x.shape[1] == 0:
-        return x.astype(mx.float32), h0
+    B, N = x.shape[:2]
     x = x.astype(mx.float32)
+    if N == 0:
+        return x, h0
     if mask is None:
-        return _states(x, lam, h0, reset)
-
-    p, t = count_tokens(mx.zeros(x.shape[0], mx.int32), x.shape[1], mask)
-    order = mx.argsort(~mask, axis=1)  # (B, N), stable: the existing tokens first, in order
-    exists = mx.arange(x.shape[1]) < t[:, None]
-    # `where`, not a product: a NaN in the padding must not survive, nor in the gradient.
-    x = mx.where(
-        exists[..., None, None], mx.take_along_axis(x, order[..., None, None], axis=1), 0.0
-    )
+        states = _states(x, lam, h0, reset)
+    else:
+        p, t = count_tokens(mx.zeros(B, mx.int32), N, mask)
+        clock = mx.concatenate([p, t[:, None]], axis=1)  # (B, N+1), tokens that exist before each
+        exists = mx.arange(N) < t[:, None]
+        row = mx.arange(B)[:, None]
+        order = mx.argsort(~mask, axis=1)  # (B, N), stable: the existing tokens first, in order
+        # `where`, not a product: a NaN in the padding must not survive, nor in the gradient.
+        x = mx.where(exists[..., None, None], x[row, order], 0.0)
+        if reset is not None:
+            reset = reset & mask
+        cut = None if reset is None else reset[row, order]
+        states = _states(x, lam, h0, cut)[row, clock]
+    h = states[:, :-1]
     if reset is not None:
-        reset = mx.take_along_axis(reset, order, axis=1) & exists
-    h, h_last = _states(x, lam, h0, reset)
-
-    h = mx.concatenate([h, h_last[:, None]], axis=1)  # (B, N+1, C, Dc), a state per clock reading
-    clock = mx.concatenate([p, t[:, None]], axis=1)  # (B, N+1)
-    h = mx.take_along_axis(h, clock[..., None, None], axis=1)
-    return h[:, :-1], h[:, -1]
+        h = mx.where(reset[..., None, None], 0.0, h)
+    # A copy: a view would keep all N states alive for as long as the caller keeps the last.
+    return h, mx.contiguous(states[:, -1])
 
 
 def count_tokens(
@@ -150,57 +152,48 @@ def _states(
     cut: mx.array | None = None,
     stride: int = 1,
     lag: int = 1,
-) -> tuple[mx.array, mx.array]:
-    """Chunked form without masks, and the recursion that carries states from chunk to chunk.
+) -> mx.array:
+    """Return h0 and the state after each of N tokens, (B, N+1, C, Dc).
 
-    The starts H_k of the chunks obey ``H_{k+1} = lambda^T H_k + c_k``, the same recurrence once
-    more. Level l therefore runs ``h_{n+1} = lambda^stride h_n + lambda^lag x_n`` with stride = T^l
-    and lag = 1 for tokens, 0 for carries, and no level loops over its chunks.
-
-    `cut` (B, N) drops the past at an element; like the decay it is felt at the state read there
-    for tokens, one later for carries: H_k precedes whatever happens in chunk k.
+    The starts H_k of the chunks obey ``H_{k+1} = lambda^T H_k + c_k``, c_k being what chunk k alone
+    leaves behind: the same recurrence once more. Level l therefore runs ``h_{n+1} = lambda^stride
+    h_n + lambda^lag x_n`` with stride = T^l, and lag = 1 for tokens, 0 for carries; no level loops
+    over its chunks. An element that is `cut`, (B, N) bool, drops h_n.
     """
-    B, N, C, Dc = x.shape
-    T, n = CHUNK, -(-N // CHUNK)
-    table, decay = _powers(lam, stride, lag)  # (C, T+1, T), (C, T+1)
+    N, T = x.shape[1], CHUNK
+    n = -(-N // T)
+    weight, decay = _powers(lam, stride, lag)  # (C, T, T), (T, C)
     x = mx.pad(x, [(0, 0), (0, n * T - N), (0, 0), (0, 0)])
     x = mx.unflatten(x, 1, (n, T)).swapaxes(2, 3)  # (B, n, C, T, Dc)
-    table, decay = table[None, None], decay[None, None]
     cuts = None
     if cut is not None:
         cut = mx.unflatten(mx.pad(cut, [(0, 0), (0, n * T - N)]), 1, (n, T))
-        segment = mx.cumsum(cut.astype(mx.int32), axis=2)  # (B, n, T), cuts so far in the chunk
-        at = mx.concatenate([mx.zeros_like(segment[..., :1]), segment, segment[..., -1:]], axis=2)
-        at = at[..., lag : lag + T + 1]  # (B, n, T+1), as felt by each state
-        same = at[..., None] == segment[..., None, :]  # (B, n, T+1, T)
-        # Weights are zeroed, never differences taken: cancellation would leak the past.
-        table = mx.where(same[:, :, None], table, 0.0)  # (B, n, C, T+1, T)
-        decay = mx.where((at == 0)[:, :, None], decay, 0.0)  # (B, n, C, T+1)
+        segment = mx.cumsum(cut.astype(mx.int32), axis=2)  # (B, n, T), cuts in the chunk so far
+        same = segment[..., :, None] == segment[..., None, :]  # (B, n, T, T)
+        # Weights are zeroed, never sums subtracted: cancellation would leak the past.
+        weight = mx.where(same[:, :, None], weight, 0.0)  # (B, n, C, T, T)
+        decay = mx.where((segment == 0)[..., None], decay, 0.0)  # (B, n, T, C)
         cuts = cut.any(axis=2)  # (B, n)
-    h = table @ x  # (B, n, C, T+1, Dc)
 
-    if n == 1:
-        H = h0[:, None]  # (B, 1, C, Dc)
-    else:
-        H, _ = _states(h[..., T, :], lam, h0, cuts, stride * T, 0)  # (B, n, C, Dc)
-
-    h = h + decay[..., None] * H[..., None, :]
-    last = h[:, -1, :, N - (n - 1) * T]  # (B, C, Dc)
-    h = h[..., :T, :].swapaxes(2, 3).reshape(B, n * T, C, Dc)
-    return h[:, :N], last
+    h = weight @ x  # (B, n, C, T, Dc), from a start of zero
+    H = h0[:, None]  # (B, n, C, Dc), the starts
+    if n > 1:
+        H = _states(h[..., -1, :], lam, h0, cuts, stride * T, 0)[:, :-1]
+    h = h.swapaxes(2, 3) + decay[..., None] * H[:, :, None]  # (B, n, T, C, Dc)
+    return mx.concatenate([h0[:, None], h.flatten(1, 2)[:, :N]], axis=1)
 
 
 @lru_cache(maxsize=64)
 def _powers(lam: tuple[float, ...], stride: int, lag: int) -> tuple[mx.array, mx.array]:
-    """Weight of input j in state i, (C, T+1, T), and of the chunk's start in it, (C, T+1).
+    """Weights, in the state after element i, of element j (C, T, T) and of the start (T, C).
 
-    The powers are taken in float64: lambda^stride itself may not be known to float32.
+    The powers are taken in float64: lambda^stride would lose its digits in float32.
     """
-    base = np.array(lam, np.float64)[:, None]  # (C, 1)
-    i = np.arange(CHUNK + 1)
-    ago = i[:, None] - 1 - i[None, :-1]  # (T+1, T), elements between input j and state i
-    weight = base[:, None] ** (stride * np.maximum(ago, 0) + lag) * (ago >= 0)
-    decay = base ** (stride * i)
+    base = np.array(lam, np.float64)  # (C,)
+    i = np.arange(CHUNK)
+    ago = i[:, None] - i  # (T, T)
+    weight = np.where(ago >= 0, base[:, None, None] ** (stride * np.abs(ago) + lag), 0.0)
+    decay = base ** (stride * (i[:, None] + 1))
     return mx.array(weight.astype(np.float32)), mx.array(decay.astype(np.float32))
 
 
