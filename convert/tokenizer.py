@@ -1,7 +1,8 @@
 """SentencePiece models as Hugging Face tokenizers: same ids, lossless, no remote code.
 
-A bare ``tokenizer.model`` loads with different ids unless its class is known, so a ``tokenizer.json``
-is built from the model's own specification and its ids are compared on sample text before use.
+A bare ``tokenizer.model`` loads with different ids unless its class is known, so a
+``tokenizer.json`` is built from the model's own specification and its ids are compared on sample
+text before use.
 """
 
 import json
@@ -17,7 +18,8 @@ from mlx_mcsd.errors import MCSDError
 SAMPLES = (
     'Once upon a time, there was a little dog named Max.\n"Hello!" he said. It\'s fun.',
     "  two  spaces\n\n\tand a tab \r\n",
-    "na\u00efve caf\u00e9 \u2014 \u201cquotes\u201d \u2026 \u4f60\u597d \U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u2581 <0x41>",
+    "na\u00efve caf\u00e9 \u2014 \u201cquotes\u201d \u2026 \u4f60\u597d \u2581 <0x41>",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467",
     "def f(x):\n    return {'a': x ** 2}  # 12345",
 )
 

@@ -23,14 +23,13 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
+from mlx_mcsd.convert.reference.configuration_mcsd import MCSDConfig
+from mlx_mcsd.convert.reference.modeling_mcsd import MCSDForCausalLM, MCSDState
+from mlx_mcsd.convert.tokenizer import save_tokenizer
 from sentencepiece import sentencepiece_model_pb2
 from stories_text import load_books, load_stories
 from torch.nn import functional as F
 from tqdm import tqdm
-
-from mlx_mcsd.convert.reference.configuration_mcsd import MCSDConfig
-from mlx_mcsd.convert.reference.modeling_mcsd import MCSDForCausalLM, MCSDState
-from mlx_mcsd.convert.tokenizer import save_tokenizer
 
 
 def parse_args(argv=None):
@@ -172,7 +171,7 @@ def make_optimizers(model, args):
 
 
 def schedule(step, args):
-    """Share of the peak learning rate: short warm-up, flat, then linear to zero over the last half."""
+    """Share of the peak learning rate: a short warm-up, flat, linear to zero from the middle."""
     warm = min(1.0, (step + 1) / 100)
     return warm * min(1.0, 2 * (1 - step / args.steps))
 
@@ -186,7 +185,9 @@ def bits_per_character(model, encoded, texts):
         rows = [torch.from_numpy(ids.astype(np.int64)) for ids in encoded[start : start + 16]]
         batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
         logits = model(batch.clamp(min=0)[:, :-1], use_cache=False).logits
-        nats += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+        nats += F.cross_entropy(
+            logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
+        ).item()
     model.train()
     return nats / math.log(2) / sum(map(len, texts))
 
@@ -297,7 +298,9 @@ def main(argv=None):
             log.append({"kind": "train", "step": step, "bits_per_character": round(bits, 4)})
         if step % args.evaluate_every == 0 or step == args.steps:
             unseen_bits = bits_per_character(model, unseen, unseen_texts)
-            log.append({"kind": "unseen", "step": step, "bits_per_character": round(unseen_bits, 4)})
+            log.append(
+                {"kind": "unseen", "step": step, "bits_per_character": round(unseen_bits, 4)}
+            )
             bar.write(f"step {step}: {unseen_bits:.4f} bits per character on unseen stories")
             plot(log, args.out / "loss.png")
         if step % args.checkpoint_every == 0 or step == args.steps:
@@ -326,7 +329,9 @@ def main(argv=None):
         "unseen": {"stories": len(unseen), "characters": sum(map(len, unseen_texts))},
         "training_tokens_seen": args.steps * args.batch * args.length,
         "seconds_this_run": round(time.time() - started),
-        "sources": {Path(p).name: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in sources},
+        "sources": {
+            Path(p).name: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in sources
+        },
         "options": {k: v for k, v in vars(args).items() if isinstance(v, int | float)},
     }
     (args.out / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")

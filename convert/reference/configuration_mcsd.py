@@ -86,7 +86,8 @@ class MCSDConfig(PretrainedConfig):
     def _check(self):
         def expect(ok, key, expected):
             if not ok:
-                raise ValueError(f"[MCSDConfig] {key} must be {expected} but got {getattr(self, key)!r}.")
+                got = getattr(self, key)
+                raise ValueError(f"[MCSDConfig] {key} must be {expected} but got {got!r}.")
 
         for key in (
             "vocab_size",
@@ -97,7 +98,8 @@ class MCSDConfig(PretrainedConfig):
         ):
             value = getattr(self, key)
             expect(isinstance(value, int) and value > 0, key, "a positive integer")
-        expect(self.hidden_size % self.num_channels == 0, "hidden_size", "divisible by num_channels")
+        whole = self.hidden_size % self.num_channels == 0
+        expect(whole, "hidden_size", f"divisible by num_channels ({self.num_channels})")
         expect(self.num_channels <= 20, "num_channels", "at most 20")
         expect(self.projection in ("channel", "dense"), "projection", '"channel" or "dense"')
         expect(self.fusion in ("add", "concat"), "fusion", '"add" or "concat"')

@@ -125,7 +125,7 @@ class MCSDRMSNorm(nn.Module):
 
 
 class MCSDChannelNorm(nn.Module):
-    """RMSNorm of each channel's Dc features with one gain per feature, (D,), in float32 (Eq. 20)."""
+    """RMSNorm of each channel's Dc features, one gain per feature (D,), in float32 (Eq. 20)."""
 
     def __init__(self, config):
         super().__init__()
@@ -215,7 +215,8 @@ class MCSDMixer(nn.Module):
             histories.append(history(x).float().view(B, N, C, Dc))
         # The slots are one recurrence over slots * C channels.
         form = decayed_step if N == 1 else decayed_sums
-        past, h = form(torch.cat(histories, 2), self.log_decays, h, mask, reset)
+        with torch.autocast(x.device.type, enabled=False):  # which would sum in bfloat16
+            past, h = form(torch.cat(histories, 2), self.log_decays, h, mask, reset)
         n, count = tokens_seen(count, N, mask, reset)
         first = (n == 0)[:, :, None, None]
         thetas = []
@@ -242,10 +243,9 @@ class MCSDMixer(nn.Module):
     @staticmethod
     def slope_norm(n, log_decay):
         """sum_{j=1}^{n} e^(-j beta), the weight of n past tokens (Eq. 5); n = 0 counts as 1."""
-        rate = torch.tensor(log_decay, dtype=torch.float64, device=n.device)
-        n = n.clamp(min=1)[:, :, None, None].to(torch.float64)
-        rate = rate[:, None]
-        return (torch.exp(rate) * torch.expm1(n * rate) / torch.expm1(rate)).float()
+        rate = torch.tensor(log_decay, dtype=torch.float32, device=n.device)[:, None]  # (C, 1)
+        n = n.clamp(min=1)[:, :, None, None].float()  # (B, N, 1, 1)
+        return torch.exp(rate) * torch.expm1(n * rate) / torch.expm1(rate)
 
 
 class MCSDMLP(nn.Module):
@@ -413,7 +413,7 @@ class MCSDForCausalLM(MCSDPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def forward(self, input_ids=None, labels=None, logits_to_keep=0, **kwargs):
-        """Logits (B, N, K), the mean loss if ``labels`` (B, N, -100 ignored) are given, and the state.
+        """Logits (B, N, K), the state, and the mean loss if ``labels`` (B, N; -100 ignored) are given.
 
         ``logits_to_keep`` computes only the last so many positions (0: all); the other arguments
         are those of :meth:`MCSDModel.forward`.
