@@ -257,6 +257,17 @@ def test_state_is_float32(build, dtype, N):
         assert count.tolist() == [N + 1, N + 1]
 
 
+def test_autocast_leaves_the_recurrence_float32(build):
+    """Mixed precision narrows the projections, never the sums over history."""
+    model, *_ = build(25)
+    tokens = torch.as_tensor(random_tokens(26, 1, 70))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        state = model(tokens, use_cache=True).past_key_values
+    for histories, _ in state.layers:
+        assert histories.dtype == torch.float32
+        assert (histories != histories.bfloat16().float()).any()
+
+
 def test_state_is_not_changed_in_place(build):
     """One prompt's state may be continued twice."""
     model, *_ = build(28)
