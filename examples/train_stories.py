@@ -11,7 +11,6 @@ Writes OUT/hf (a Hugging Face directory to convert), OUT/log.jsonl and OUT/loss.
 
 import argparse
 import hashlib
-import io
 import json
 import math
 import os
@@ -25,11 +24,11 @@ import sentencepiece
 import torch
 from mlx_mcsd.convert.reference.configuration_mcsd import MCSDConfig
 from mlx_mcsd.convert.reference.modeling_mcsd import MCSDForCausalLM, MCSDState
-from mlx_mcsd.convert.tokenizer import save_tokenizer
-from sentencepiece import sentencepiece_model_pb2
 from stories_text import load_books, load_stories
 from torch.nn import functional as F
 from tqdm import tqdm
+
+from mlx_mcsd.tokenizer import save_tokenizer, train_sentencepiece
 
 
 def parse_args(argv=None):
@@ -56,33 +55,6 @@ def parse_args(argv=None):
     parser.add_argument("--checkpoint-every", type=int, default=100)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     return parser.parse_args(argv)
-
-
-def train_tokenizer(texts, vocab_size):
-    """A lossless SentencePiece BPE model: byte fallback, newline a piece, spaces unescaped."""
-    buffer = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=buffer,
-        vocab_size=vocab_size,
-        model_type="bpe",
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        byte_fallback=True,
-        character_coverage=0.9999,
-        pad_id=3,
-        user_defined_symbols=["\n"],
-        max_sentence_length=1 << 20,
-        minloglevel=2,
-    )
-    # The trainer needs escaped spaces to find words; unescaped, a text that holds the mark itself
-    # survives too.
-    model = sentencepiece_model_pb2.ModelProto.FromString(buffer.getvalue())
-    for piece in model.pieces:
-        piece.piece = piece.piece.replace("\u2581", " ")
-    model.normalizer_spec.escape_whitespaces = False
-    return model.SerializeToString()
 
 
 def encode(processor, texts):
@@ -230,7 +202,7 @@ def main(argv=None):
     train_texts, unseen_texts = load_stories(args.stories, args.lower, seed=args.seed)
     model_file = args.out / "tokenizer.model"
     if not model_file.exists():
-        model_file.write_bytes(train_tokenizer(train_texts, args.vocab_size))
+        model_file.write_bytes(train_sentencepiece(train_texts, args.vocab_size))
     proto = model_file.read_bytes()
     processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
     stories, unseen = encode(processor, train_texts), encode(processor, unseen_texts)

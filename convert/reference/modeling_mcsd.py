@@ -413,10 +413,10 @@ class MCSDForCausalLM(MCSDPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def forward(self, input_ids=None, labels=None, logits_to_keep=0, **kwargs):
-        """Logits (B, N, K), the state, and the mean loss if ``labels`` (B, N; -100 ignored) are given.
+        """Logits (B, N, K), the state, and the mean loss where ``labels`` (B, N) are given.
 
-        ``logits_to_keep`` computes only the last so many positions (0: all); the other arguments
-        are those of :meth:`MCSDModel.forward`.
+        Labels of -100 do not count. ``logits_to_keep`` computes only so many last positions (0:
+        all); the other arguments are those of :meth:`MCSDModel.forward`.
         """
         loss_args = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
         kwargs.pop("return_dict", None)
