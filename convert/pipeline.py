@@ -89,9 +89,9 @@ def convert(
 
 
 def check_quantization(group_size, bits, mode):
-    """Let MLX judge the settings on one group, before any work."""
+    """Let MLX judge the settings on a row of zeros, before any work."""
     try:
-        mx.quantize(mx.zeros((1, group_size)), group_size, bits, mode)
+        mx.quantize(mx.zeros((1, 32 * group_size)), group_size, bits, mode)
     except ValueError as error:
         raise MCSDError(one_line(error)) from None
 
