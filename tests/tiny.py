@@ -1,0 +1,38 @@
+"""Tiny models on disk, complete with a tokenizer, for the tests of everything around the model."""
+
+import json
+
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+import oracle
+
+SPECIAL = ["<unk>", "<s>", "</s>"]
+PIECES = [*SPECIAL, *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "▁a", "▁b", "\n"]
+"""In SentencePiece's manner: every byte is a piece, so any text is spelled and got back."""
+
+VOCAB_SIZE = 272
+"""Padded, as embeddings often are: the tokenizer knows fewer ids."""
+
+
+def write_tokenizer(directory, **config):
+    """Write `tokenizer.json` and `tokenizer_config.json`; <s> begins every encoding."""
+    vocab = {piece: i for i, piece in enumerate(PIECES)}
+    merges = [("▁", "a"), ("▁", "b")]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "TokenizersBackend", "bos_token": "<s>"} | config
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_model(directory, seed=0, **config):
+    """Write a random checkpoint in the layout, and its tokenizer; returns (config, tensors)."""
+    config, tensors = oracle.random_checkpoint(seed, **{"vocab_size": VOCAB_SIZE} | config)
+    oracle.write_checkpoint(directory, config, tensors)
+    write_tokenizer(directory)
+    return config, tensors
