@@ -5,7 +5,8 @@ PYTHON = python3 python3.14 python3.13 python3.12 python3.11
 ARGS = --prompt "Once upon a time"
 
 RECENT = import sys; sys.exit(sys.version_info < (3, 11))
-INSTALL = .venv/bin/python -m pip install -q --disable-pip-version-check -e
+PIP = from importlib.metadata import files; assert files("pip")
+INSTALL = .venv/bin/python -m pip install -qq --disable-pip-version-check -e
 
 # The Linux wheel of MLX brings a slow reference BLAS: OpenBLAS goes before it where there is one.
 BLAS = for lib in /usr/lib/$$(uname -m)-linux-gnu/openblas-pthread/libopenblas.so.0 \
@@ -48,10 +49,10 @@ clean:
 	@$(INSTALL) '.[test,dev,plot]'
 	@touch .venv/.ready $@
 
-# A .venv made by hand is kept if it is recent enough and has pip.
+# A .venv made by hand is kept if it is recent enough and has pip, whole: RECORD is written last.
 .venv/.made:
 	@recent=; lacking=; \
-	if ! .venv/bin/python -c 'import pip; $(RECENT)' 2>/dev/null; then \
+	if ! .venv/bin/python -c '$(PIP); $(RECENT)' 2>/dev/null; then \
 	  for python in $(PYTHON); do \
 	    $$python -c '$(RECENT)' >/dev/null 2>&1 || continue; \
 	    recent=$$python; \
