@@ -112,8 +112,8 @@ def chunked(
     h = states[:, :-1]
     if reset is not None:
         h = mx.where(reset[..., None, None], 0.0, h)
-    # A copy: a view would keep all N states alive for as long as the caller keeps the last.
-    return h, mx.contiguous(states[:, -1])
+    # Gathered, not sliced: a view would keep all N states alive as long as the last one lives.
+    return h, mx.take(states, mx.array(N), axis=1)
 
 
 def count_tokens(
