@@ -4,7 +4,7 @@ from mlx_mcsd.cli import Parser, integer
 from mlx_mcsd.errors import MCSDError, exits_cleanly
 
 
-def parser():
+def setup_arg_parser():
     """Return the parser; flags and defaults are those of ``mlx_lm.convert``."""
     p = Parser(
         prog="python -m mlx_mcsd.convert",
@@ -45,7 +45,7 @@ def parser():
 @exits_cleanly
 def main(argv=None):
     """Run the command."""
-    args = parser().parse_args(argv)
+    args = setup_arg_parser().parse_args(argv)
     if not args.quantize and (args.q_bits or args.q_group_size or args.q_mode != "affine"):
         raise MCSDError(
             "[convert] --q-bits, --q-group-size and --q-mode need -q but it is not set."

@@ -1,0 +1,145 @@
+"""The examples do what they say, each run as a user runs it but small."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+CASED = """Once upon a time there was a dog named Max. Max had a friend, a girl named Lily.
+"Hello, Max!" she said. Her mom smiled. "Go and play," said Mom. So they ran to the park.
+<|endoftext|>
+One day Lily went to the park with her mom. "Look!" she said. "What a ball!" Then I ran.
+She and Max ran fast. I think Max was happy.
+<|endoftext|>
+Tom liked to swim. Tom and Max swam all day. "I love you, Max!" he said.
+<|endoftext|>
+A story that is cut off in the mid
+"""
+LOWER = """nd of one that begins before the file does.
+one day max saw his mom. "hello, max!" she said. he ran to lily.
+
+she asked, "can i play?" "go," said mom.
+tom and i donâ€™t swim. â€œlook!â€ said lily. she ran to max.
+"""
+
+
+@pytest.fixture
+def stories(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    cased, lower, books = tmp_path / "cased.txt", tmp_path / "lower.txt", tmp_path / "books.txt"
+    cased.write_text(CASED, encoding="utf-8")
+    lower.write_text(LOWER, encoding="utf-8")
+    books.write_text("# A book\n\nThe old man\nread a book.\n\n" * 200, encoding="utf-8")
+    return {"cased": cased, "lower": lower, "books": books}
+
+
+def test_lower_case_stories_get_their_capitals_back(stories):
+    from stories_text import Truecaser, read_text, repair, split_stories
+
+    truecase = Truecaser(split_stories(read_text(stories["cased"])))
+    lower = split_stories(repair(read_text(stories["lower"])))
+    assert [truecase(story) for story in lower][1:] == [
+        'One day Max saw his mom. "Hello, Max!" she said. He ran to Lily.\n\n'
+        'She asked, "Can I play?" "Go," said Mom.',
+        'Tom and I don\'t swim. "Look!" said Lily. She ran to Max.',
+    ]
+
+
+def test_stories_are_split_and_one_is_held_out(stories):
+    from stories_text import load_stories
+
+    train, unseen = load_stories([stories["cased"]], share=0.1)
+    assert sorted(story[:8] for story in train + unseen) == ["Once upo", "One day ", "Tom like"]
+    assert len(unseen) == 1
+    assert (train, unseen) == load_stories([stories["cased"]], share=0.1)
+
+
+def test_books_become_passages_of_whole_paragraphs(stories):
+    from stories_text import load_books
+
+    passages = load_books([stories["books"]], length=500)
+    assert len(passages) > 5
+    assert {line for p in passages for line in p.split("\n")} == {"The old man read a book."}
+
+
+@pytest.fixture
+def train(stories):
+    import train_stories
+
+    def run(out, steps, **more):
+        options = {
+            **{"vocab_size": 330, "hidden_size": 16, "channels": 2, "layers": 1},
+            **{"intermediate_size": 24, "batch": 2, "length": 16, "steps": steps, "threads": 1},
+            **{"evaluate_every": 20, "checkpoint_every": 2},
+            **more,
+        }
+        flags = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+        data = ["--stories", stories["cased"], "--lower", stories["lower"]]
+        data += ["--books", stories["books"]]
+        train_stories.main([*map(str, ["--out", out, *data]), *flags])
+        return out
+
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_training_learns_and_writes_all_it_promises(train, tmp_path, capsys):
+    out = train(tmp_path / "run", 40)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    bits = {
+        k: [r["bits_per_character"] for r in log if r["kind"] == k] for k in ("train", "unseen")
+    }
+    # Five stories say little of one that is held out, but they can be learned.
+    assert bits["train"][-1] < bits["train"][0] - 0.3
+    facts = json.loads((out / "facts.json").read_text())
+    assert facts["bits_per_character_unseen"] == bits["unseen"][-1]
+    assert sorted(facts["sources"]) == ["books.txt", "cased.txt", "lower.txt"]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    from mlx_mcsd.convert.__main__ import main as convert
+
+    from mlx_mcsd.generate import main as generate
+
+    capsys.readouterr()
+    mlx = str(tmp_path / "mlx")
+    convert(["--hf-path", str(out / "hf"), "--mlx-path", mlx, "--dtype", "float16"])
+    generate(["--model", mlx, "--max-tokens", "4", "--seed", "0"])
+    assert "Generation: " in capsys.readouterr().out
+
+
+def test_a_run_that_was_killed_resumes_to_the_same_weights(train, tmp_path, monkeypatch, capsys):
+    import train_stories
+
+    whole = train(tmp_path / "whole", 6)
+
+    class KilledError(Exception):
+        pass
+
+    def die(payload, path, real=train_stories.save_atomically):
+        real(payload, path)
+        if payload["step"] == 4:
+            raise KilledError
+
+    monkeypatch.setattr(train_stories, "save_atomically", die)
+    with pytest.raises(KilledError):
+        train(tmp_path / "resumed", 6)
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    resumed = train(tmp_path / "resumed", 6)
+    model = "hf/model.safetensors"
+    assert (resumed / model).read_bytes() == (whole / model).read_bytes()
+
+
+def test_the_readme_picture_is_drawn_and_its_path_asked_for(tmp_path):
+    script = [sys.executable, EXAMPLES / "memory_picture.py"]
+    subprocess.run([*script, tmp_path / "memory.png"], check=True)
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+    bare = subprocess.run(script, capture_output=True, text=True)
+    assert bare.returncode == 1
+    assert bare.stderr.startswith("error: expected the picture's path")
