@@ -16,7 +16,6 @@ import math
 import os
 import random
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -240,7 +239,6 @@ def main(argv=None):
         torch.set_rng_state(saved["rng"])
         step, carried, log = saved["step"], saved["carried"], saved["log"]
     model.train()
-    started = time.time()
     bar = tqdm(total=args.steps, initial=step, unit="step", smoothing=0.05)
     while step < args.steps:
         segment, fresh = streams.next(step / args.steps)
@@ -292,6 +290,8 @@ def main(argv=None):
     bar.close()
 
     hf = args.out / "hf"
+    # How a story reads best; generate() and mlx_mcsd.generate take it from here.
+    model.generation_config.update(do_sample=True, temperature=0.7, top_p=0.95, max_new_tokens=400)
     model.save_pretrained(hf)
     save_tokenizer(hf, proto, config.max_position_embeddings)
     sources = [*args.stories, *args.lower, *args.books]
@@ -300,7 +300,6 @@ def main(argv=None):
         "bits_per_character_unseen": round(bits_per_character(model, unseen, unseen_texts), 4),
         "unseen": {"stories": len(unseen), "characters": sum(map(len, unseen_texts))},
         "training_tokens_seen": args.steps * args.batch * args.length,
-        "seconds_this_run": round(time.time() - started),
         "sources": {
             Path(p).name: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in sources
         },
