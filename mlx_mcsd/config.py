@@ -101,7 +101,8 @@ class ModelArgs(BaseModelArgs):
             )
         if self.sections not in SECTIONS:
             _fail(
-                f"sections must be one of {', '.join(map(str, SECTIONS))} but got {self.sections!r}."
+                f"sections must be one of {', '.join(map(str, SECTIONS))} "
+                f"but got {self.sections!r}."
             )
         if self.fusion == "concat" and not self.output_projection:
             _fail('fusion "concat" needs output_projection to be true but it is false.')
