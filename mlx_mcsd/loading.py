@@ -149,7 +149,11 @@ def read_config(directory: Path) -> dict:
     if (directory / "generation_config.json").exists():
         read_json(directory / "generation_config.json")
     config = mlx_lm.utils.load_config(directory)
-    if "quantization" not in config and config.get("quantization_config"):
+    settings, foreign = config.get("quantization"), config.get("quantization_config")
+    needed = {"group_size", "bits"}
+    if settings is not None and not (isinstance(settings, dict) and needed <= settings.keys()):
+        _fail(f"quantization must have group_size and bits but is {settings!r} in {directory}.")
+    if settings is None and foreign:
         _fail(
             f"{directory} is quantized in a way MLX does not write (quantization_config without "
             "quantization); convert the original weights instead."

@@ -284,6 +284,10 @@ BROKEN = {
     ),
     "missing-key": (lambda d: edit_config(d, hidden_size=None), ["missing key 'hidden_size'"]),
     "generation-config-corrupt": (rewrite("generation_config.json", "{"), ["must hold JSON"]),
+    "quantization-corrupt": (
+        lambda d: edit_config(d, quantization={"bits": 4}),
+        ["quantization must have group_size and bits but is {'bits': 4}"],
+    ),
     "foreign-quantization": (
         lambda d: edit_config(d, quantization_config={"quant_method": "bitsandbytes"}),
         ["quantized in a way MLX does not write"],
