@@ -92,6 +92,21 @@ def test_mask_argument(batch, side):
     check_batch(np.array(model(tokens, mask=mask)), decoded, want, side)
 
 
+def test_mask_joins_the_caches(batch):
+    """A token is real only if both masks say so; padding may lie between real tokens."""
+    model, _, _ = batch
+    tokens, lengths = random_tokens(50, 3, 70), np.array([70, 12, 65])
+    mask = np.random.default_rng(51).random((3, 70)) < 0.6
+    cache = model.make_cache()
+    for c in cache:
+        c.prepare(lengths=lengths.tolist())
+    got = np.array(model(mx.array(tokens), cache=cache, mask=mx.array(mask)))
+    for i, real in enumerate(mask & (np.arange(70) < lengths[:, None])):
+        want = run(model, tokens[i : i + 1, real])[0]
+        assert relative_error(got[i, real], want) < TOLERANCE
+        assert all(c.cache[-1][i].item() == real.sum() for c in cache)
+
+
 def test_masked_step_is_a_no_op(batch):
     """A step in which a row is masked leaves that row's state bit for bit."""
     model, rows, _ = batch

@@ -164,6 +164,47 @@ def test_gradients_with_padding():
         assert relative_error(g, w) < TOLERANCE, name
 
 
+def test_gradients_through_the_state():
+    """Gradients flow from a continuation into what made its state, rows without any token too."""
+    config, tensors = random_checkpoint(36)
+    model = mlx_model(config, tensors)
+    tokens = random_tokens(37, 2, 12)
+    mask = np.ones((2, 12), bool)
+    mask[1, :7] = False  # this row's first token comes in the second run
+
+    def in_runs(model):
+        cache = model.make_cache()
+        runs = [
+            model(mx.array(tokens[:, a:b]), cache=cache, mask=mx.array(mask[:, a:b]))
+            for a, b in ((0, 5), (5, 7), (7, 8), (8, 12))
+        ]
+        return mx.concatenate(runs, axis=1)[:, 7:].square().mean()
+
+    def at_once(model):
+        return model(mx.array(tokens), mask=mx.array(mask))[:, 7:].square().mean()
+
+    _, got = nn.value_and_grad(model, in_runs)(model)
+    _, want = nn.value_and_grad(model, at_once)(model)
+    for (name, g), (_, w) in zip(tree_flatten(got), tree_flatten(want), strict=True):
+        assert relative_error(g, w) < TOLERANCE, name
+
+
+def test_gradient_at_the_initial_state():
+    """The first token reads no state, the second does: a finite gradient, never 0 / 0."""
+    model = mlx_model(*random_checkpoint(38))
+    mixer = model.layers[0].mixer
+    x = mx.random.normal((1, 2, 24), key=mx.random.key(0))
+    *slots, count = mixer.init_state(1)
+    for n, reached in ((1, False), (2, True)):
+
+        def outputs(*slots, n=n):
+            return mixer(x[:, :n], [*slots, count])[0].sum()
+
+        for gradient in mx.grad(outputs, argnums=(0, 1))(*slots):
+            assert mx.isfinite(gradient).all().item()
+            assert (gradient != 0).all().item() == reached
+
+
 # --- names -------------------------------------------------------------------------------------
 
 
