@@ -118,7 +118,11 @@ def load_tokenizer(directory: str | Path, tokenizer_config: dict | None = None) 
             {**(tokenizer_config or {}), "trust_remote_code": False},
             eos_token_ids=config.get("eos_token_id"),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:
+        # The tokenizers library raises the bare class, which no narrower clause can name.
+        unfit = isinstance(error, OSError | ValueError | KeyError | TypeError | AttributeError)
+        if not unfit and type(error) is not Exception:
+            raise
         _fail(f"the tokenizer in {directory} does not load: {one_line(error)}", error)
     if (needed := 1 + max(tokenizer.get_vocab().values(), default=-1)) > vocab_size:
         _fail(

@@ -258,6 +258,14 @@ def rewrite(file, text):
     return lambda d: (d / file).write_text(text)
 
 
+def unsound_merges(directory):
+    """A merge of pieces that are not in the vocabulary."""
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["merges"].append(["no", "piece"])
+    path.write_text(json.dumps(content))
+
+
 def drop_shard(directory):
     write_shards(directory)
     (directory / "model-b.safetensors").unlink()
@@ -328,6 +336,7 @@ BROKEN = {
         ["no tokenizer in", "tokenizer.json is missing"],
     ),
     "tokenizer-corrupt": (lambda d: truncate(d / "tokenizer.json"), ["must hold JSON"]),
+    "tokenizer-unsound": (unsound_merges, ["the tokenizer in", "does not load", "vocabulary"]),
     "tokenizer-empty": (rewrite("tokenizer.json", "{}"), ["the tokenizer in", "does not load"]),
     "tokenizer-config-corrupt": (rewrite("tokenizer_config.json", "{"), ["must hold JSON"]),
     "vocabulary-too-small": (
