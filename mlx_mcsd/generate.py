@@ -113,7 +113,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.set_defaults(**model_defaults(directory))
     args = parser.parse_args(argv)
 
-    model, tokenizer = loading.load(directory)
+    tokenizer = loading.load_tokenizer(directory)
+    model = loading.load_model(directory)
     if args.adapter_path is not None:
         loading.load_adapters(model, args.adapter_path)
     if cache is None:

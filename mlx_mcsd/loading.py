@@ -32,7 +32,7 @@ def load(
     lazy: bool = False,
     tokenizer_config: dict | None = None,
     dtype: mx.Dtype | None = None,
-) -> tuple[Model, TokenizerWrapper]:
+) -> tuple[Model, TokenizerWrapper | None]:
     """Load a model and its tokenizer.
 
     Args:
@@ -43,6 +43,9 @@ def load(
         dtype: of the weights and quantization scales; None is float32 on the CPU backend (17 to
             31 times faster there than float16) and as stored on a GPU.
 
+    Returns:
+        The model, and the tokenizer, or None where the directory has no file of one.
+
     Example:
         >>> model, tokenizer = load()
         >>> logits = model(mx.array(tokenizer.encode("Once upon a time"))[None])  # (1, N, K)
@@ -51,7 +54,8 @@ def load(
         MCSDError: naming the file, key or tensor that is missing, corrupt or unfit.
     """
     directory = resolve(path)
-    tokenizer = load_tokenizer(directory, tokenizer_config)
+    has_tokenizer = any(directory.glob("tokenizer*"))
+    tokenizer = load_tokenizer(directory, tokenizer_config) if has_tokenizer else None
     return load_model(directory, lazy=lazy, dtype=dtype), tokenizer
 
 

@@ -352,6 +352,12 @@ def test_template_that_refuses_is_one_line(fails, chat_directory):
     assert "refuses this prompt: no system please." in fails(model=chat_directory)
 
 
+def test_a_model_without_a_tokenizer_is_one_line(fails, directory):
+    for file in directory.glob("tokenizer*"):
+        file.unlink()
+    assert "no tokenizer in" in fails()
+
+
 def test_flags_are_those_of_mlx_lm_but_for_what_a_fixed_state_cannot_use():
     def flags(parser):
         return {flag for action in parser._actions for flag in action.option_strings}

@@ -191,6 +191,16 @@ def test_streamed_text_is_lossless_and_characters_arrive_whole(directory):
     assert not any("\ufffd" in segment for segment in segments)
 
 
+def test_without_a_tokenizer_the_model_comes_alone(directory, tmp_path):
+    bare = shutil.copytree(directory, tmp_path / "bare")
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    model, tokenizer = load(bare)
+    assert tokenizer is None
+    tokens = mx.array([[1, 2, 3]])
+    assert mx.array_equal(model(tokens), load(directory)[0](tokens))
+
+
 def test_tokenizer_config_is_passed_on(directory):
     assert load(directory)[1].eos_token_ids == set()
     assert load(directory, tokenizer_config={"eos_token": "</s>"})[1].eos_token_ids == {2}
