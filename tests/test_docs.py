@@ -63,7 +63,7 @@ def test_commands_page_is_up_to_date():
     assert (ROOT / "docs" / "commands.md").read_text() == commands_page()
 
 
-@pytest.mark.parametrize("line", shell_lines())
+@pytest.mark.parametrize("line", list(shell_lines()))
 def test_flags_of_documented_commands_exist(line):
     words = shlex.split(line, comments=True)
     name = next((w for w in words if w in COMMANDS), None)
