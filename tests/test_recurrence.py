@@ -296,13 +296,6 @@ def test_export(N, tmp_path):
     check(mx.import_function(path)(*args), loop(x, LAM, h0, mask, reset))
 
 
-def test_compile():
-    """A compiled function gives what the plain one gives (compilation itself is off in tests)."""
-    x, h0 = inputs(70)
-    fast = mx.compile(lambda x, h0: scan(x, LAM, h0))
-    check(fast(*arrays(x, h0)), loop(x, LAM, h0))
-
-
 # --- long runs ---------------------------------------------------------------------------------
 
 
