@@ -6,7 +6,8 @@
 Stories are read as endless streams: every row continues where its last segment ended, with the
 state carried over and reset where a story begins, so that no story is cut. Books are mixed in
 early and fade out. Killed at any moment, the same command resumes from the last checkpoint.
-Writes OUT/hf (a Hugging Face directory to convert), OUT/log.jsonl and OUT/loss.png.
+Writes OUT/hf (a Hugging Face directory to convert), OUT/log.jsonl, OUT/loss.png, OUT/facts.json and
+OUT/unseen.json (the stories held out); examples/bundle_stories.py makes the bundled model of them.
 """
 
 import argparse
@@ -303,9 +304,14 @@ def main(argv=None):
         "sources": {
             Path(p).name: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in sources
         },
+        "files": {
+            kind: [Path(p).name for p in getattr(args, kind)]
+            for kind in ("stories", "lower", "books")
+        },
         "options": {k: v for k, v in vars(args).items() if isinstance(v, int | float)},
     }
     (args.out / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (args.out / "unseen.json").write_text(json.dumps(unseen_texts, indent=1) + "\n")
     print(json.dumps(facts, indent=2))
 
 

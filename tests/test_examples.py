@@ -1,6 +1,7 @@
 """The examples do what they say, each run as a user runs it but small."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,7 +90,7 @@ def train(stories):
     torch.set_num_threads(threads)
 
 
-def test_training_learns_and_writes_all_it_promises(train, tmp_path, capsys):
+def test_training_learns_and_writes_all_it_promises(train, tmp_path):
     out = train(tmp_path / "run", 40)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     bits = {
@@ -102,15 +103,17 @@ def test_training_learns_and_writes_all_it_promises(train, tmp_path, capsys):
     assert sorted(facts["sources"]) == ["books.txt", "cased.txt", "lower.txt"]
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
-    from mlx_mcsd.convert.__main__ import main as convert
+    # The card of the model that is made of it: measured on MLX, with samples.
+    import bundle_stories
 
-    from mlx_mcsd.generate import main as generate
-
-    capsys.readouterr()
-    mlx = str(tmp_path / "mlx")
-    convert(["--hf-path", str(out / "hf"), "--mlx-path", mlx, "--dtype", "float16"])
-    generate(["--model", mlx, "--max-tokens", "4", "--seed", "0"])
-    assert "Generation: " in capsys.readouterr().out
+    mlx = tmp_path / "mlx"
+    bundle_stories.main(["--run", str(out), "--mlx-path", str(mlx), "--licence", "test: none"])
+    card = (mlx / "README.md").read_text()
+    measured = float(re.search(r"\*\*([\d.]+)\*\* in float16", card)[1])
+    assert measured == pytest.approx(facts["bits_per_character_unseen"], rel=1e-3)
+    assert all(digest in card for digest in facts["sources"].values())
+    assert "> **Once upon a time**" in card and "test: none" in card
+    assert (mlx / "loss.png").exists()
 
 
 def test_a_run_that_was_killed_resumes_to_the_same_weights(train, tmp_path, monkeypatch, capsys):
