@@ -12,8 +12,8 @@ from importlib import import_module
 
 # Imported without PyTorch, transformers complains; nothing here needs it.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# MLX multiplies float32 matrices in TF32, ten bits of mantissa, on GPUs from the M5 on; the state is
-# float32 in earnest. Read at the first such product; half-precision weights are not affected.
+# From the M5 on, MLX multiplies float32 matrices in TF32, with ten bits of mantissa; the state must
+# stay float32. Read at the first such product; half-precision weights are not affected.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 __version__ = "0.1.0"
