@@ -47,14 +47,14 @@ def random_tokens(seed, *shape):
     return np.random.default_rng(seed).integers(0, oracle.CONFIG["vocab_size"], shape)
 
 
-def run(model, tokens, splits=None, cache=None, reset=None):
+def run(model, tokens, splits=None, cache=None, **masks):
     """Logits (B, N, K) of tokens (B, N): at once, or through a cache in runs (start, stop)."""
     if splits is None:
-        reset = None if reset is None else mx.array(reset)
-        return np.array(model(mx.array(tokens), cache=cache, reset=reset))
+        masks = {name: mx.array(mask) for name, mask in masks.items()}
+        return np.array(model(mx.array(tokens), cache=cache, **masks))
     cache = model.make_cache() if cache is None else cache
     parts = []
     for a, b in splits:
-        piece = None if reset is None else mx.array(reset[:, a:b])
-        parts.append(np.array(model(mx.array(tokens[:, a:b]), cache=cache, reset=piece)))
+        pieces = {name: mx.array(mask[:, a:b]) for name, mask in masks.items()}
+        parts.append(np.array(model(mx.array(tokens[:, a:b]), cache=cache, **pieces)))
     return np.concatenate(parts, axis=1)

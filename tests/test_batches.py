@@ -172,18 +172,16 @@ def test_packed_documents(variant):
 
 
 def test_packed_and_padded():
-    """Both at once: a left-padded row that holds two documents, then decoding."""
+    """Both at once: padding between documents and inside them; a reset on padding is void."""
     config, tensors = random_checkpoint(18)
     model = mlx_model(config, tensors)
-    real = random_tokens(19, 1, 12)
-    resets = np.zeros((1, 12), bool)
-    resets[0, 5] = True
-    want = oracle.logits(config, tensors, real, resets)
-    padded = np.concatenate([random_tokens(20, 1, 4), real], axis=1)
-    padded_resets = np.concatenate([np.ones((1, 4), bool), resets], axis=1)
-    cache = model.make_cache()
-    for c in cache:
-        c.left_padding = mx.array([4])
-    got = run(model, padded, [(0, 3), (3, 10), (10, 16)], cache, padded_resets)
-    assert relative_error(got[:, 4:], want) < TOLERANCE
-    assert [c.cache[-1].tolist() for c in cache] == [[7], [7]]  # tokens of the last document
+    tokens, rng = random_tokens(19, 3, 150), np.random.default_rng(19)
+    mask, resets = rng.random((3, 150)) < 0.7, rng.random((3, 150)) < 0.1
+    want = [
+        oracle.logits(config, tensors, *(a[None, real] for a in (row, reset)))[0]
+        for row, reset, real in zip(tokens, resets, mask, strict=True)
+    ]
+    for N, splits in ((150, None), (150, random_splits(19, 150)), (60, one_by_one(60))):
+        got = run(model, tokens[:, :N], splits, reset=resets[:, :N], mask=mask[:, :N])
+        for row, real, alone in zip(got, mask[:, :N], want, strict=True):
+            assert relative_error(row[real], alone[: real.sum()]) < TOLERANCE, splits
