@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
-from mlx_mcsd.convert.reference.configuration_mcsd import MCSDConfig
-from mlx_mcsd.convert.reference.modeling_mcsd import MCSDForCausalLM, MCSDState
 from stories_text import load_books, load_stories
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from mlx_mcsd.convert.reference.configuration_mcsd import MCSDConfig
+from mlx_mcsd.convert.reference.modeling_mcsd import MCSDForCausalLM, MCSDState
 from mlx_mcsd.tokenizer import save_tokenizer, train_sentencepiece
 
 

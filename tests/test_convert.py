@@ -11,13 +11,13 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_mcsd.convert import writing
-from mlx_mcsd.convert.__main__ import main
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import oracle
 import tiny
+from mlx_mcsd.convert import writing
+from mlx_mcsd.convert.__main__ import main
 from mlx_mcsd.loading import load, load_model
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_channels": 2}

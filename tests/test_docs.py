@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from mlx_mcsd.convert import __main__ as convert
 
 from mlx_mcsd import generate
+from mlx_mcsd.convert import __main__ as convert
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {

@@ -354,9 +354,8 @@ def test_trainer(build, tmp_path):
 
 def test_config_round_trip(build, tmp_path):
     """What is saved, both sides read back; a bad value is refused by name."""
-    from mlx_mcsd.convert.reference.configuration_mcsd import MCSDConfig
-
     from mlx_mcsd.config import ModelArgs
+    from mlx_mcsd.convert.reference.configuration_mcsd import MCSDConfig
 
     model, config, _ = build(35, sections=["decay", "decay"], rms_norm_eps=1e-4)
     model.config.save_pretrained(tmp_path / "config")
