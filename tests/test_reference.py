@@ -313,7 +313,7 @@ def test_remote_code(build, tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(AUTO)]
     command += [str(saved), str(tmp_path / "tokens"), str(tmp_path / "logits")]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
     want = oracle.logits(config, tensors, tokens.numpy())
