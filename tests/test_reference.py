@@ -242,6 +242,57 @@ def test_generate_beams(build):
     )
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_generate_goes_on_from_a_state(build, padded):
+    """A conversation continued by its state gives what the whole of it gives at once."""
+    model, _, _ = build(36)
+    tokens = torch.tensor(random_tokens(36, 2, 20))
+    mask = torch.ones_like(tokens)
+    if padded:  # every row begins with padding
+        mask[0, :3] = mask[1, :7] = 0
+    options = {"max_new_tokens": 6, "do_sample": False}
+    whole = model.generate(tokens, attention_mask=mask, **options)
+    first = model(tokens[:, :12], attention_mask=mask[:, :12], use_cache=True)
+    again = model.generate(
+        tokens, attention_mask=mask, past_key_values=first.past_key_values, **options
+    )
+    assert torch.equal(again, whole)
+
+
+def test_flattened_documents_are_told_apart_by_their_positions(build):
+    """Rows as DataCollatorWithFlattening makes them: position_ids start again at 0."""
+    model, _, _ = build(37)
+    tokens = torch.tensor(random_tokens(37, 1, 30))
+    positions = torch.cat([torch.arange(11), torch.arange(19)])[None]
+    with torch.no_grad():
+        packed = model(tokens, position_ids=positions).logits
+        alone = torch.cat([model(tokens[:, :11]).logits, model(tokens[:, 11:]).logits], 1)
+    assert relative_error(packed.numpy(), alone.numpy()) < 1e-5
+
+
+def test_inputs_that_mean_nothing_are_refused(build):
+    model, _, _ = build(38)
+    tokens = torch.tensor(random_tokens(38, 2, 5))
+    for mask in (torch.ones(2, 4), torch.ones(1, 5), torch.ones(2, 1, 5, 5)):
+        with pytest.raises(ValueError, match="attention_mask must be"):
+            model(tokens, attention_mask=mask)
+    with pytest.raises(ValueError, match="there is no attention"):
+        model(tokens, output_attentions=True)
+    with pytest.raises(TypeError, match="atention_mask"):
+        model(tokens, atention_mask=torch.ones(2, 5))
+    with pytest.raises(ValueError, match="exactly one"):
+        model()
+
+
+def test_tuples_on_request(build):
+    model, _, _ = build(39)
+    tokens = torch.tensor(random_tokens(39, 1, 5))
+    loss, logits, state = model(tokens, labels=tokens, use_cache=True, return_dict=False)
+    named = model(tokens, labels=tokens)
+    assert torch.equal(loss, named.loss) and torch.equal(logits, named.logits)
+    assert state.get_seq_length() == 5
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("N", [1, 70])
 def test_state_is_float32(build, dtype, N):
@@ -343,8 +394,11 @@ def test_trainer(build, tmp_path):
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=data)
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    untrained = trainer.evaluate()["eval_loss"]
     trainer.train()
+    assert trainer.evaluate()["eval_loss"] < untrained
+    assert trainer.predict(data).predictions.shape == (4, 16, model.config.vocab_size)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 4
     assert losses[-1] < losses[0]
@@ -364,6 +418,14 @@ def test_config_round_trip(build, tmp_path):
     for key in config.keys() - {"dtype", "torch_dtype"}:
         assert getattr(again, key) == config[key], key
         assert getattr(args, key) == config[key], key
-    for wrong in ({"num_channels": 5}, {"fusion": "concat"}, {"sections": ["slope", "decoy"]}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
+    refused = [
+        *({"num_channels": 5}, {"num_channels": True}, {"fusion": "concat"}),
+        *({"sections": ["slope", "decoy"]}, {"sections": None}, {"rms_norm_eps": -1.0}),
+        *({"output_projection": "false"}, {"initializer_range": "0.02"}),
+    ]
+    for wrong in refused:
+        # A wrong shape is named with the key it contradicts.
+        named = {"num_channels": "num_channels", "fusion": "output_projection"}
+        key = next(iter(wrong))
+        with pytest.raises(ValueError, match=named.get(key, key)):
             MCSDConfig(**{k: v for k, v in config.items() if "dtype" not in k} | wrong)

@@ -34,7 +34,7 @@ class MCSDConfig(PretrainedConfig):
     """
 
     model_type = "mcsd"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (Trainer adds to a list)
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class MCSDConfig(PretrainedConfig):
         self.projection = projection
         self.fusion = fusion
         self.output_projection = output_projection
-        self.sections = list(sections)
+        self.sections = list(sections) if isinstance(sections, list | tuple) else sections
         self.mixer = mixer
         self.initializer_range = initializer_range
         self.hidden_act = hidden_act
@@ -97,7 +97,11 @@ class MCSDConfig(PretrainedConfig):
             "intermediate_size",
         ):
             value = getattr(self, key)
-            expect(isinstance(value, int) and value > 0, key, "a positive integer")
+            expect(type(value) is int and value > 0, key, "a positive integer")
+        for key in ("rms_norm_eps", "initializer_range"):
+            value = getattr(self, key)
+            expect(type(value) in (int, float) and value > 0, key, "a positive number")
+        expect(isinstance(self.output_projection, bool), "output_projection", "true or false")
         whole = self.hidden_size % self.num_channels == 0
         expect(whole, "hidden_size", f"divisible by num_channels ({self.num_channels})")
         expect(self.num_channels <= 20, "num_channels", "at most 20")

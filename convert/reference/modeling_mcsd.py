@@ -19,6 +19,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import can_return_tuple
 
 from .configuration_mcsd import MCSDConfig
 
@@ -281,14 +282,19 @@ class MCSDLayer(GradientCheckpointingLayer):
 
 
 class MCSDState:
-    """What the model remembers: per layer (histories, count); its size never grows."""
+    """What the model remembers: per layer (histories, count); its size never grows.
 
-    def __init__(self, layers):
-        self.layers = layers
+    ``seen`` counts the positions read so far, padding included: ``generate`` goes on from there.
+    """
+
+    is_compileable = False
+
+    def __init__(self, layers, seen=0):
+        self.layers, self.seen = layers, seen
 
     def get_seq_length(self, layer_idx=0):
-        """Tokens read so far by the longest row."""
-        return int(self.layers[layer_idx][1].max())
+        """Positions read so far."""
+        return self.seen
 
     def _map(self, function):
         self.layers = [tuple(function(part) for part in layer) for layer in self.layers]
@@ -356,16 +362,18 @@ class MCSDModel(MCSDPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
         attention_mask=None,
         past_key_values=None,
         inputs_embeds=None,
+        position_ids=None,
         reset=None,
         use_cache=None,
         output_hidden_states=None,
-        **kwargs,
+        output_attentions=None,
     ):
         """Read tokens (B, N), or embeddings (B, N, D), on from a state.
 
@@ -375,18 +383,34 @@ class MCSDModel(MCSDPreTrainedModel):
                 padding, on either side, and leave the state alone.
             past_key_values: the :class:`MCSDState` of an earlier call.
             inputs_embeds: (B, N, D) in place of ``input_ids``.
-            reset: (B, N) bool, True where a packed document starts.
+            position_ids: (B, N), of use only where they return to 0: a packed document starts.
+            reset: (B, N) bool, True where a packed document starts; instead of ``position_ids``.
+
+        Raises:
+            ValueError: for inputs that contradict each other, and for attentions, of which a model
+                without attention has none.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("[MCSDModel] give exactly one of input_ids and inputs_embeds.")
+        if output_attentions:
+            raise ValueError("[MCSDModel] output_attentions must be false: there is no attention.")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        B, N, _ = x.shape
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         mask = None
         if attention_mask is not None:
-            mask = attention_mask[:, -x.shape[1] :].bool()
+            shape = tuple(attention_mask.shape)
+            if len(shape) != 2 or shape[0] != B or shape[1] < N:
+                raise ValueError(
+                    f"[MCSDModel] attention_mask must be ({B}, {N} or more) but is {shape}."
+                )
+            mask = attention_mask[:, -N:].bool()
             # Without padding the plain form is the same and cheaper.
             mask = None if mask.all() else mask
+        if reset is None and position_ids is not None:
+            reset = position_ids.expand(B, N) == 0
+        read = 0 if past_key_values is None else past_key_values.seen
         states, seen = [], []
         for index, layer in enumerate(self.layers):
             seen.append(x)
@@ -396,7 +420,7 @@ class MCSDModel(MCSDPreTrainedModel):
         x = self.norm(x)
         return MCSDModelOutput(
             last_hidden_state=x,
-            past_key_values=MCSDState(states) if use_cache else None,
+            past_key_values=MCSDState(states, read + N) if use_cache else None,
             hidden_states=(*seen, x) if output_hidden_states else None,
         )
 
@@ -405,6 +429,7 @@ class MCSDForCausalLM(MCSDPreTrainedModel, GenerationMixin):
     """MCSD with a language-modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch
 
     def __init__(self, config):
         super().__init__(config)
@@ -412,21 +437,48 @@ class MCSDForCausalLM(MCSDPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(self, input_ids=None, labels=None, logits_to_keep=0, **kwargs):
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        position_ids=None,
+        reset=None,
+        labels=None,
+        use_cache=None,
+        output_hidden_states=None,
+        output_attentions=None,
+        logits_to_keep=0,
+        num_items_in_batch=None,
+    ):
         """Logits (B, N, K), the state, and the mean loss where ``labels`` (B, N) are given.
 
         Labels of -100 do not count. ``logits_to_keep`` computes only so many last positions (0:
         all); the other arguments are those of :meth:`MCSDModel.forward`.
         """
-        loss_args = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
-        kwargs.pop("return_dict", None)
-        out = self.model(input_ids, **kwargs)
+        out = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            reset=reset,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_args
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
             )
         return MCSDCausalLMOutput(
             loss=loss,
@@ -437,5 +489,4 @@ class MCSDForCausalLM(MCSDPreTrainedModel, GenerationMixin):
 
 
 MCSDConfig.register_for_auto_class()
-MCSDModel.register_for_auto_class("AutoModel")
 MCSDForCausalLM.register_for_auto_class("AutoModelForCausalLM")
