@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
@@ -29,6 +29,15 @@ SECTIONS = (
 
 # From 21 channels on the slowest alpha, 1 - 2^(-5-i) (Eq. 8), is 1.0 in float32: it never forgets.
 MAX_CHANNELS = 20
+
+# MLX counts the rows of an array in 32 bits: K of the embedding, at most 4 D of a dense mixer's
+# four projections, 2 F of the MLP's two. Layers are modules, and no file has this many.
+MOST = {
+    "vocab_size": 2**31 - 1,
+    "hidden_size": (2**31 - 1) // 4,
+    "intermediate_size": (2**31 - 1) // 2,
+    "num_hidden_layers": 1000,
+}
 
 TokenIds = int | list[int] | None
 
@@ -167,9 +176,11 @@ def _check(name: str, kind: Any, value: Any) -> None:
     elif kind is int:
         if not (_is_int(value) and value > 0):
             _fail(f"{name} must be a positive integer but got {value!r}.")
+        if value > (most := MOST.get(name, value)):
+            _fail(f"{name} must be at most {most} but got {value}.")
     elif kind is float:
         number = _is_int(value) or isinstance(value, float)
-        if not (number and math.isfinite(value) and value > 0):
+        if not (number and 0 < value <= sys.float_info.max):  # without a cast: integers may be huge
             _fail(f"{name} must be a positive number but got {value!r}.")
     elif kind is bool:
         if not isinstance(value, bool):

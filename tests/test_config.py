@@ -45,6 +45,8 @@ GOOD = [
     {"hidden_act": "silu"},
     {"hidden_size": 40, "num_channels": 20},
     {"num_channels": 1},
+    {"vocab_size": 2**31 - 1, "intermediate_size": 2**30 - 1},
+    {"hidden_size": 2**29 - 2, "num_hidden_layers": 1000},
     {"rms_norm_eps": 1},
     {"tie_word_embeddings": True},
     {"bos_token_id": 0, "eos_token_id": [1, 99], "pad_token_id": None},
@@ -72,6 +74,15 @@ BAD = [
             ("max_position_embeddings", None),
         ]
     ),
+    *(
+        ({key: value}, f"{key} must be at most {most} but got {value}.")
+        for key, most, value in [
+            ("vocab_size", 2**31 - 1, 2**31),
+            ("hidden_size", 2**29 - 1, 2**40),
+            ("intermediate_size", 2**30 - 1, 10**30),
+            ("num_hidden_layers", 1000, 10**9),
+        ]
+    ),
     ({"projection": "Dense"}, "projection must be 'channel' or 'dense' but got 'Dense'."),
     ({"projection": ["dense"]}, "projection must be 'channel' or 'dense' but got ['dense']."),
     ({"fusion": "mul"}, "fusion must be 'add' or 'concat' but got 'mul'."),
@@ -85,6 +96,7 @@ BAD = [
     ({"mixer": None}, "mixer must be a string but got None."),
     ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number but got 0."),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number but got nan."),
+    ({"rms_norm_eps": 10**400}, f"rms_norm_eps must be a positive number but got {10**400}."),
     ({"initializer_range": float("inf")}, "initializer_range must be a positive number"),
     ({"initializer_range": "0.02"}, "initializer_range must be a positive number but got '0.02'."),
     ({"eos_token_id": 100}, "eos_token_id must be within the vocabulary, 0 to 99, but got 100."),
@@ -95,7 +107,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("change, complaint", BAD, ids=[str(change) for change, _ in BAD])
+@pytest.mark.parametrize("change, complaint", BAD, ids=[str(change)[:80] for change, _ in BAD])
 def test_refuses(change, complaint):
     for build in (ModelArgs.from_dict, lambda config: ModelArgs(**config)):
         with pytest.raises(MCSDError) as error:
