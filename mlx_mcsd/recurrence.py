@@ -102,7 +102,8 @@ def chunked(
         clock = mx.concatenate([p, t[:, None]], axis=1)  # (B, N+1), tokens that exist before each
         exists = mx.arange(N) < t[:, None]
         row = mx.arange(B)[:, None]
-        order = mx.argsort(~mask, axis=1)  # (B, N), stable: the existing tokens first, in order
+        # The existing tokens first, in order; no two keys are equal, so any sort will do.
+        order = mx.argsort(mx.where(mask, 0, N) + mx.arange(N), axis=1)  # (B, N)
         # `where`, not a product: a NaN in the padding must not survive, nor in the gradient.
         x = mx.where(exists[..., None, None], x[row, order], 0.0)
         if reset is not None:
