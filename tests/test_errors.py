@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from mlx_mcsd.errors import MCSDError, exits_cleanly
@@ -50,3 +53,31 @@ def test_bugs_pass_through(bug):
     with pytest.raises(type(bug)) as caught:
         main()
     assert caught.value is bug
+
+
+COMMAND = """
+from mlx_mcsd.errors import exits_cleanly
+exits_cleanly(lambda: print("naïve", flush={flush}))()
+"""
+
+
+@pytest.mark.parametrize("flush", [True, False], ids=["flushed", "at-the-end"])
+@pytest.mark.parametrize(
+    ("redirection", "status", "out", "err"),
+    [
+        ("", 0, "na?ve\n", ""),
+        (">/dev/full", 1, "", "error: [Errno 28] No space left on device\n"),
+        (">&-", 1, "", "error: standard output must be open but is closed.\n"),
+    ],
+    ids=["ascii", "full", "closed"],
+)
+def test_streams(redirection, status, out, err, flush, root):
+    """An encoding that lacks a character, a full disk, no stream at all: never a traceback."""
+    command = ["sh", "-c", f'exec "$0" -W error "$@" {redirection}', sys.executable, "-c"]
+    done = subprocess.run(
+        [*command, COMMAND.format(flush=flush)],
+        env={"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(root), "HOME": "/"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
