@@ -49,7 +49,13 @@ def parse_args(argv=None):
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--dropout", type=float, default=0.1, help="on each residual branch")
+    parser.add_argument("--embedding-dropout", type=float, default=0.0)
     parser.add_argument("--book-share", type=float, default=0.4, help="of the tokens at the start")
+    parser.add_argument(
+        "--books-until", type=float, default=0.5, help="part of the steps after which they are gone"
+    )
+    parser.add_argument("--init-from", type=Path, help="go on from another run's weights and data")
+    parser.add_argument("--stop-at", type=int, help="end here as if killed, to go on otherwise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate-every", type=int, default=250)
     parser.add_argument("--checkpoint-every", type=int, default=100)
@@ -84,7 +90,7 @@ class Streams:
     def _deal(self):
         rng = random.Random(f"{self.args.seed}/{self.epoch}")
         documents = list(self.stories)
-        share = self.args.book_share * max(0.0, 1 - 2 * self.at)
+        share = self.args.book_share * max(0.0, 1 - self.at / self.args.books_until)
         wanted = share / (1 - share) * sum(map(len, documents)) if self.books else 0
         book = self.book
         while wanted > 0:
@@ -97,6 +103,11 @@ class Streams:
         width = len(tokens) // self.args.batch
         self.rows = tokens[: width * self.args.batch].reshape(self.args.batch, width)
         self.cursor = 0
+
+    def go_on(self, state):
+        """Stand at the beginning of the epoch after a checkpoint's."""
+        self.restore(state)
+        self.epoch, self.book, self.rows = self.epoch + 1, self.next_book, None
 
     def next(self, progress):
         """The next segment, and whether the rows start anew."""
@@ -112,8 +123,11 @@ class Streams:
         return torch.from_numpy(segment.astype(np.int64)), fresh
 
 
-def add_dropout(model, rate):
-    """Dropout on what each mixer and MLP adds to the residual stream."""
+def add_dropout(model, rate, embedding_rate):
+    """Dropout on what each mixer and MLP adds to the residual stream, and on the embedding."""
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, _, out: F.dropout(out, embedding_rate, module.training)
+    )
     for layer in model.model.layers:
         layer.mixer.register_forward_hook(
             lambda module, _, out: (F.dropout(out[0], rate, module.training), out[1])
@@ -201,6 +215,8 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     train_texts, unseen_texts = load_stories(args.stories, args.lower, seed=args.seed)
     model_file = args.out / "tokenizer.model"
+    if not model_file.exists() and args.init_from:
+        model_file.write_bytes((args.init_from / "tokenizer.model").read_bytes())
     if not model_file.exists():
         model_file.write_bytes(train_sentencepiece(train_texts, args.vocab_size))
     proto = model_file.read_bytes()
@@ -227,7 +243,7 @@ def main(argv=None):
     )
     model = MCSDForCausalLM(config)
     parameters = sum(p.numel() for p in model.parameters())
-    add_dropout(model, args.dropout)
+    add_dropout(model, args.dropout, args.embedding_dropout)
     optimizers = make_optimizers(model, args)
     checkpoint, log_path = args.out / "checkpoint.pt", args.out / "log.jsonl"
     step, carried, log = 0, None, []
@@ -239,9 +255,14 @@ def main(argv=None):
         streams.restore(saved["streams"])
         torch.set_rng_state(saved["rng"])
         step, carried, log = saved["step"], saved["carried"], saved["log"]
+    elif args.init_from:
+        saved = torch.load(args.init_from / "checkpoint.pt", weights_only=True)
+        model.load_state_dict(saved["model"])
+        streams.go_on(saved["streams"])
+
     model.train()
     bar = tqdm(total=args.steps, initial=step, unit="step", smoothing=0.05)
-    while step < args.steps:
+    while step < args.steps and step != args.stop_at:
         segment, fresh = streams.next(step / args.steps)
         inputs, targets = segment[:, :-1], segment[:, 1:]
         reset = inputs == config.bos_token_id
@@ -289,6 +310,8 @@ def main(argv=None):
             )
             log_path.write_text("".join(json.dumps(line) + "\n" for line in log))
     bar.close()
+    if step < args.steps:
+        return
 
     hf = args.out / "hf"
     # How a story reads best; generate() and mlx_mcsd.generate take it from here.

@@ -15,6 +15,7 @@ from mlx_lm.models.cache import ArraysCache
 
 from . import mixers
 from .config import ModelArgs
+from .errors import MCSDError
 
 __all__ = ["Model", "ModelArgs"]  # mlx-lm looks both up here
 
@@ -29,14 +30,14 @@ class MLP(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         D, F = args.hidden_size, args.intermediate_size
-        self._act = ACTIVATIONS[args.hidden_act]
+        self.hidden_act = args.hidden_act  # a name: mlx-lm copies models, and functions cannot be
         self.gate_up_proj = nn.Linear(D, 2 * F, bias=False)
         self.down_proj = nn.Linear(F, D, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, N, D) -> (B, N, D)."""
         gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)  # (B, N, F) each
-        return self.down_proj(self._act(gate) * up)
+        return self.down_proj(ACTIVATIONS[self.hidden_act](gate) * up)
 
 
 class Block(nn.Module):
@@ -151,6 +152,9 @@ class Model(nn.Module):
         Matrices a checkpoint stores apart and the model holds as one (`fused`) are concatenated
         along their rows, quantized or not; those already one are left alone, and so is a set with a
         part missing, which strict loading then reports by name. A tied head is dropped.
+
+        Raises:
+            MCSDError: if a tied head differs from the embedding.
         """
         weights = dict(weights)
         for path, module in self.named_modules():
@@ -163,5 +167,14 @@ class Model(nn.Module):
                         weights[f"{path}.{whole}.{kind}"] = mx.concatenate(rows, axis=-2)
         if self._tied:
             for kind in ("weight", "scales", "biases"):
-                weights.pop(f"lm_head.{kind}", None)
+                head = weights.pop(f"lm_head.{kind}", None)
+                tied_to = weights.get(f"model.embed_tokens.{kind}")
+                if head is not None and (
+                    tied_to is None or not mx.array_equal(head, tied_to, equal_nan=True)
+                ):
+                    raise MCSDError(
+                        f"[Model] lm_head.{kind} must equal model.embed_tokens.{kind} with "
+                        "tie_word_embeddings true but differs; set it to false in config.json if "
+                        "the head is meant."
+                    )
         return weights

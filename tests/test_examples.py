@@ -58,6 +58,9 @@ def test_stories_are_split_and_one_is_held_out(stories):
     assert sorted(story[:8] for story in train + unseen) == ["Once upo", "One day ", "Tom like"]
     assert len(unseen) == 1
     assert (train, unseen) == load_stories([stories["cased"]], share=0.1)
+    # The one held out, found again in lower case among the training files, is unseen no more.
+    stories["lower"].write_text(unseen[0].lower().replace("\n", "\n\n"))
+    assert load_stories([stories["cased"]], [stories["lower"]], share=0.1)[1] == []
 
 
 def test_books_become_passages_of_whole_paragraphs(stories):

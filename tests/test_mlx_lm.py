@@ -1,5 +1,6 @@
 """mlx-lm's own tools run the model, unpatched, from a directory that names its class."""
 
+import copy
 import json
 import sys
 import types
@@ -47,6 +48,13 @@ def greedy(model, prompt):
     for _ in range(TOKENS):
         tokens.append(int(mx.argmax(model(mx.array([tokens]))[0, -1])))
     return tokens[len(prompt) :]
+
+
+def test_copy(loaded):
+    """dwq and dynamic_quant begin with a copy of the model."""
+    model, _ = loaded
+    tokens = mx.array([PROMPTS[0]])
+    assert mx.array_equal(copy.deepcopy(model)(tokens), model(tokens))
 
 
 def test_stream_generate(loaded):
