@@ -5,12 +5,14 @@ and sizes of the weight files, every tensor's name and shape, the tokenizer.
 """
 
 import json
+import os.path
 import re
 from importlib.resources import files
 from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm.utils
+import tokenizers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from mlx.utils import tree_flatten
@@ -22,7 +24,8 @@ from .errors import MCSDError
 from .model import Model
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-DOWNLOADED = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
+DOWNLOADED = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja", "*.txt", "LICENSE*"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 STORED = {"F32", "F16", "BF16"}
 
 
@@ -44,7 +47,8 @@ def load(
             31 times faster there than float16) and as stored on a GPU.
 
     Returns:
-        The model, and the tokenizer, or None where the directory has no file of one.
+        The model, and the tokenizer, or None where the directory has no file of one
+        (tokenizer.json, tokenizer_config.json or tokenizer.model).
 
     Example:
         >>> model, tokenizer = load()
@@ -54,7 +58,7 @@ def load(
         MCSDError: naming the file, key or tensor that is missing, corrupt or unfit.
     """
     directory = resolve(path)
-    has_tokenizer = any(directory.glob("tokenizer*"))
+    has_tokenizer = any((directory / name).exists() for name in TOKENIZER_FILES)
     tokenizer = load_tokenizer(directory, tokenizer_config) if has_tokenizer else None
     return load_model(directory, lazy=lazy, dtype=dtype), tokenizer
 
@@ -66,17 +70,22 @@ def resolve(path: str | Path | None = None) -> Path:
         if not bundled.is_dir():
             _fail("this installation has no bundled model; name a directory or a hub id.")
         return bundled
-    directory = Path(path)
-    if directory.is_dir():
-        return directory
-    if directory.exists():
-        _fail(f"{path} must be a directory but is a file; name the directory that holds it.")
-    if not HUB_ID.fullmatch(str(path)):
-        _fail(f"no directory {path}; name one, or a hub id such as owner/name.")
+    name = str(path)
+    if not name:
+        _fail("a path must not be empty; name a directory, or a hub id such as owner/name.")
+    # Unlike Path's methods these take any string, however long, for a path.
+    if os.path.isdir(name):
+        return Path(name)
+    shown = name if name.isprintable() else repr(name)
+    shown = shown if len(shown) <= 300 else f"{shown[:300]}..."
+    if os.path.exists(name):
+        _fail(f"{shown} must be a directory but is a file; name the directory that holds it.")
+    if not HUB_ID.fullmatch(name):
+        _fail(f"no directory {shown}; name one, or a hub id such as owner/name.")
     try:
-        return Path(snapshot_download(str(path), allow_patterns=DOWNLOADED))
+        return Path(snapshot_download(name, allow_patterns=DOWNLOADED))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        _fail(f"no directory {path}, and the hub did not give it: {one_line(error)}", error)
+        _fail(f"no directory {shown}, and the hub did not give it: {one_line(error)}", error)
 
 
 def load_model(
@@ -95,6 +104,8 @@ def load_model(
             model_config={"model_file": None},  # a file of the checkpoint: never executed
             get_model_classes=lambda config: (Model, ModelArgs),
         )
+    except MCSDError:
+        raise
     except (RuntimeError, ValueError) as error:
         # What is left for MLX to refuse: a packing that its quantization settings do not fit.
         _fail(f"the weights in {directory} do not fit their config: {one_line(error)}", error)
@@ -114,20 +125,23 @@ def load_tokenizer(directory: str | Path, tokenizer_config: dict | None = None) 
     vocab_size = ModelArgs.from_dict(config).vocab_size
     if not (directory / "tokenizer.json").exists():
         _fail(f"no tokenizer in {directory}: tokenizer.json is missing.")
-    for file in directory.glob("tokenizer*.json"):
-        read_json(file)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (directory / name).exists():
+            read_json(directory / name)
+    problem = f"the tokenizer in {directory} does not load"
+    try:
+        tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception as error:  # the library raises the bare class
+        _fail(f"{problem}: {one_line(error)}", error)
     try:
         tokenizer = mlx_lm.utils.load_tokenizer(
             directory,
             {**(tokenizer_config or {}), "trust_remote_code": False},
             eos_token_ids=config.get("eos_token_id"),
         )
-    except Exception as error:
-        # The tokenizers library raises the bare class, which no narrower clause can name.
-        unfit = isinstance(error, OSError | ValueError | KeyError | TypeError | AttributeError)
-        if not unfit and type(error) is not Exception:
-            raise
-        _fail(f"the tokenizer in {directory} does not load: {one_line(error)}", error)
+        tokenizer.encode("a")  # some settings are read only here
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        _fail(f"{problem}: {type(error).__name__}: {one_line(error)}", error)
     if (needed := 1 + max(tokenizer.get_vocab().values(), default=-1)) > vocab_size:
         _fail(
             f"the model's vocabulary is smaller than the tokenizer's in {directory}: "
@@ -219,6 +233,8 @@ def check_tensors(model: Model, found: dict[str, tuple[str, tuple[int, ...]]]) -
     Names may be separate or fused; of packed tensors only the names are compared.
     """
     wanted = {name: value.shape for name, value in tree_flatten(model.parameters())}
+    if model.args.tie_word_embeddings and "lm_head.weight" in found:  # the embedding once more
+        wanted["lm_head.weight"] = model.model.embed_tokens.weight.shape
     for path, module in model.named_modules():
         for fused, parts in getattr(module, "fused", {}).items():
             if (name := f"{path}.{fused}.weight") in found:
@@ -229,12 +245,9 @@ def check_tensors(model: Model, found: dict[str, tuple[str, tuple[int, ...]]]) -
             wanted |= {f"{path}.{part}.weight": part_shape for part in parts}
 
     packed = {name.removesuffix(".scales") for name in found if name.endswith(".scales")}
-    ignored = {"lm_head.weight"} if model.args.tie_word_embeddings else set()
     missing = [name for name in wanted if name not in found]
     unexpected = [
-        name
-        for name in found
-        if name not in wanted and name not in ignored and name.rpartition(".")[0] not in packed
+        name for name in found if name not in wanted and name.rpartition(".")[0] not in packed
     ]
     if missing or unexpected:
         sides = [f"missing {some(missing)}"] if missing else []

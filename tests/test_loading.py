@@ -1,5 +1,6 @@
 """Loading: what is read, in which dtype, and one line for whatever is wrong with a checkpoint."""
 
+import fnmatch
 import json
 import shutil
 
@@ -164,7 +165,10 @@ def test_hub_id_downloads_no_code(directory, monkeypatch):
     model, _ = load("owner/name-1.6B")
     assert logits(model).shape == (1, 6, tiny.VOCAB_SIZE)
     assert list(asked) == ["owner/name-1.6B"]
-    assert not any(pattern.endswith("py") for pattern in asked["owner/name-1.6B"])
+    patterns = asked["owner/name-1.6B"]
+    assert not any(pattern.endswith("py") for pattern in patterns)
+    for file in (*loading.TOKENIZER_FILES, "config.json", "model.safetensors", "LICENSE.txt"):
+        assert any(fnmatch.fnmatch(file, pattern) for pattern in patterns), file
 
 
 def test_end_of_text_of_the_generation_config_wins(directory):
@@ -193,8 +197,7 @@ def test_streamed_text_is_lossless_and_characters_arrive_whole(directory):
 
 def test_without_a_tokenizer_the_model_comes_alone(directory, tmp_path):
     bare = shutil.copytree(directory, tmp_path / "bare")
-    for file in bare.glob("tokenizer*"):
-        file.unlink()
+    only("tokenizer-notes.txt")(bare)
     model, tokenizer = load(bare)
     assert tokenizer is None
     tokens = mx.array([[1, 2, 3]])
@@ -285,6 +288,32 @@ def store_twice(directory):
     shutil.copy(directory / "model.safetensors", directory / "model-old.safetensors")
 
 
+def tie(**head):
+    """Tie the embedding, and leave a head of another kind."""
+
+    def break_it(directory):
+        edit_config(directory, tie_word_embeddings=True)
+        for name, value in head.items():
+            replace(f"lm_head.{name}", value)(directory)
+
+    return break_it
+
+
+def tokenizer_config(**config):
+    return lambda d: tiny.write_tokenizer(d, **config)
+
+
+def only(name):
+    """Leave, of the files of a tokenizer, `name` alone."""
+
+    def break_it(directory):
+        for file in directory.glob("tokenizer*"):
+            file.unlink()
+        (directory / name).write_text("{}")
+
+    return break_it
+
+
 U = "model.layers.0.mixer.u_proj.weight"
 
 BROKEN = {
@@ -341,6 +370,18 @@ BROKEN = {
         lambda d: edit_config(d, intermediate_size=80),
         ["mlp.down_proj.weight must have shape (24, 80) but has (24, 40)"],
     ),
+    "huge-sizes-in-the-config": (  # arrays of exabytes, if they were made
+        lambda d: edit_config(d, vocab_size=2**31 - 1, intermediate_size=2**30 - 1),
+        ["must have shape (2147483647, 24) but has (272, 24)"],
+    ),
+    "tied-head-of-another-shape": (
+        tie(weight=np.zeros((3, 24), np.float32)),
+        ["lm_head.weight must have shape (272, 24) but has (3, 24)"],
+    ),
+    "tied-head-of-another-type": (
+        tie(weight=np.zeros((272, 24), np.int32)),
+        ["lm_head.weight must be stored as BF16, F16, F32 but is I32"],
+    ),
     "tokenizer-missing": (
         lambda d: (d / "tokenizer.json").unlink(),
         ["no tokenizer in", "tokenizer.json is missing"],
@@ -349,6 +390,20 @@ BROKEN = {
     "tokenizer-unsound": (unsound_merges, ["the tokenizer in", "does not load", "vocabulary"]),
     "tokenizer-empty": (rewrite("tokenizer.json", "{}"), ["the tokenizer in", "does not load"]),
     "tokenizer-config-corrupt": (rewrite("tokenizer_config.json", "{"), ["must hold JSON"]),
+    "tokenizer-config-alone": (only("tokenizer_config.json"), ["tokenizer.json is missing"]),
+    "tokenizer-model-alone": (only("tokenizer.model"), ["tokenizer.json is missing"]),
+    "tokenizer-of-an-unknown-tool-parser": (
+        tokenizer_config(tool_parser_type="x"),
+        ["does not load: ModuleNotFoundError: No module named 'mlx_lm.tool_parsers.x'."],
+    ),
+    "tokenizer-of-an-unknown-chat-template": (
+        tokenizer_config(chat_template_type="x"),
+        ["does not load: ModuleNotFoundError: No module named 'mlx_lm.chat_templates.x'."],
+    ),
+    "tokenizer-that-cannot-encode": (
+        tokenizer_config(model_max_length="x"),
+        ["does not load: TypeError: "],
+    ),
     "vocabulary-too-small": (
         lambda d: edit_config(d, vocab_size=200),
         ["vocabulary is smaller", "vocab_size is 200, the tokenizer needs 265"],
@@ -382,11 +437,45 @@ def test_packing_that_the_settings_do_not_fit_is_one_line(directory):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", ["nowhere", "/no/such/directory", "owner/not-on-this-machine"])
-def test_path_that_is_nothing_is_one_line(path):
-    with pytest.raises(MCSDError, match=f"no directory {path}") as caught:
+def test_tied_head_that_differs_is_refused(directory):
+    edit_config(directory, tie_word_embeddings=True)
+    embedding = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+    replace("lm_head.weight", embedding)(directory)
+    want = logits(load(directory)[0])
+    edit_tensors(directory, lambda t: t.pop("lm_head.weight"))
+    np.testing.assert_array_equal(logits(load(directory)[0]), want)
+    for kind, head in (("weight", 1.001 * embedding), ("scales", embedding)):
+        replace(f"lm_head.{kind}", head)(directory)
+        with pytest.raises(MCSDError, match=rf"^\[Model\] lm_head\.{kind} must equal"):
+            load(directory)
+        drop(f"lm_head.{kind}")(directory)
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("nowhere", "nowhere"),
+        ("/no/such/directory", "/no/such/directory"),
+        ("owner/not-on-this-machine", "owner/not-on-this-machine"),
+        ("x" * 5000, "x" * 300 + "..."),
+        ("owner/" + "x" * 5000, "owner/" + "x" * 294 + "..."),
+        ("a\0b", r"'a\x00b'"),
+        ("a\nb", r"'a\nb'"),
+    ],
+    ids=["name", "path", "hub-id", "long", "long-hub-id", "nul", "two-lines"],
+)
+def test_path_that_is_nothing_is_one_line(path, shown):
+    with pytest.raises(MCSDError) as caught:
         load(path)
+    assert str(caught.value).startswith(f"[load] no directory {shown}")
     assert "\n" not in str(caught.value)
+
+
+def test_empty_path_is_not_the_working_directory(directory, monkeypatch):
+    monkeypatch.chdir(directory)
+    assert load(".")[1] is not None
+    with pytest.raises(MCSDError, match="a path must not be empty"):
+        load("")
 
 
 def test_file_in_place_of_a_directory_is_refused(directory):
