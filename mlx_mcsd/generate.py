@@ -1,5 +1,6 @@
 """``python -m mlx_mcsd.generate``: text from a prompt, as it is made."""
 
+import argparse
 import json
 import sys
 
@@ -7,13 +8,14 @@ from .cli import Parser, boolean, integer, number
 from .errors import MCSDError, exits_cleanly
 
 PROMPT = "Once upon a time"
-SAMPLING = {
-    "temp": "temperature",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "top_k": "top_k",
+SETTINGS = {
+    "max_tokens": ("max_new_tokens", integer(1), 100),
+    "temp": ("temperature", number(0), 1),
+    "top_p": ("top_p", number(0, 1, above=True), 1),
+    "min_p": ("min_p", number(0, 1), 0),
+    "top_k": ("top_k", integer(0), 0),
 }
-"""Our sampling flags, and what ``generation_config.json`` calls them."""
+"""Flags ``generation_config.json`` may set: its key, what is fit, the value if it says nothing."""
 
 
 def setup_arg_parser() -> Parser:
@@ -34,27 +36,36 @@ def setup_arg_parser() -> Parser:
     add("--prefill-response", help="how the answer begins, of the chat template")
     add("--ignore-chat-template", action="store_true", help="use the raw prompt")
     add("--chat-template-config", help="further arguments of the chat template, a JSON object")
-    add("--max-tokens", "-m", type=integer(1), help=f"tokens to generate at most ({theirs} 100)")
+    add(
+        "--max-tokens",
+        "-m",
+        type=SETTINGS["max_tokens"][1],
+        help=f"tokens to generate at most ({theirs} 100)",
+    )
     add(
         "--extra-eos-token",
         nargs="+",
         default=(),
         help="tokens (or their ids) that end the text as well",
     )
-    add("--temp", type=number(0), help=f"sampling temperature, 0 is greedy ({theirs} 0)")
+    add(
+        "--temp",
+        type=SETTINGS["temp"][1],
+        help=f"sampling temperature, 0 is greedy ({theirs} 0)",
+    )
     add(
         "--top-p",
-        type=number(0, 1, above=True),
+        type=SETTINGS["top_p"][1],
         help=f"sample from the likeliest tokens of this total probability ({theirs} 1)",
     )
     add(
         "--min-p",
-        type=number(0, 1),
+        type=SETTINGS["min_p"][1],
         help=f"drop tokens less likely than this fraction of the likeliest ({theirs} 0)",
     )
     add(
         "--top-k",
-        type=integer(0),
+        type=SETTINGS["top_k"][1],
         help=f"sample from this many tokens, 0 is all ({theirs} 0)",
     )
     add(
@@ -161,6 +172,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def read_prompt(prompt: str) -> str:
     """The prompt itself, or of ``-`` what standard input holds."""
+    if prompt == "-" and sys.stdin is None:
+        raise MCSDError("--prompt - needs standard input but it is closed.")
     try:
         if prompt == "-":
             prompt = sys.stdin.read()
@@ -185,17 +198,19 @@ def read_template_config(text: str | None) -> dict:
     return config
 
 
-def model_defaults(directory) -> dict[str, str]:
-    """What ``generation_config.json`` says of our flags, as text: argparse checks it."""
+def model_defaults(directory) -> dict[str, float]:
+    """What ``generation_config.json`` says of our flags; without its ``do_sample``, greedy."""
     from .loading import read_json
 
     file = directory / "generation_config.json"
     config = read_json(file) if file.exists() else {}
-    defaults = {"max_tokens": config.get("max_new_tokens") or 100}
-    for flag, key in SAMPLING.items():
-        value = config.get(key) if config.get("do_sample") else None
-        defaults[flag] = value if value is not None else 1 if flag == "top_p" else 0
-    return {flag: str(value) for flag, value in defaults.items()}
+    defaults = {}
+    for flag, (key, fit, default) in SETTINGS.items():
+        try:
+            defaults[flag] = default if config.get(key) is None else fit(str(config[key]))
+        except argparse.ArgumentTypeError as error:
+            raise MCSDError(f"{key} in {file} {error}.") from None
+    return defaults if config.get("do_sample") else defaults | {"temp": 0}
 
 
 def load_cache(file: str, model: str | None):
@@ -264,11 +279,15 @@ def chat_tokens(args, tokenizer, prompt: str, template: dict) -> list[int]:
         if args.prompt_cache_file is not None:
             # The state holds all that comes before the prompt.
             text = text[render("<query>").index("<query>") :]
-    except (TemplateError, TypeError, ValueError) as error:
+        return tokenizer.encode(text, add_special_tokens=False)
+    # A template is a program of the model's maker: this is what one may run into.
+    except (
+        *(TemplateError, ArithmeticError, LookupError, RecursionError),
+        *(AttributeError, TypeError, ValueError),
+    ) as error:
         from .loading import one_line
 
         raise MCSDError(f"the chat template refuses this prompt: {one_line(error)}") from error
-    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def warn_of_chat_flags(args) -> None:

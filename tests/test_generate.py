@@ -297,8 +297,27 @@ def test_generation_config_sets_the_defaults_and_flags_win(tmp_path, run, fails,
     flags = ("-p", PROMPT, "-m", 20, "--verbose", "f", "--seed", 1)
     assert run(*flags, model=tmp_path) == run(*flags, "--temp", 1.5) != greedy_text
     assert run(*flags, "--temp", 0, model=tmp_path) == greedy_text
-    file.write_text(json.dumps({"do_sample": True, "top_p": 7}))
-    assert "--top-p" in fails(model=tmp_path)
+    file.write_text(json.dumps({"do_sample": True}))
+    assert run(*flags, model=tmp_path) == run(*flags, "--temp", 1) != greedy_text
+    file.write_text(json.dumps({"top_k": 1}))
+    assert run(*flags, "--temp", 1, model=tmp_path) == greedy_text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("top_p", 7, "a number above 0, at most 1 but got '7'"),
+        ("temperature", "hot", "a number of at least 0 but got 'hot'"),
+        ("min_p", True, "a number from 0 to 1 but got 'True'"),
+        ("top_k", 0.5, "an integer of at least 0 but got '0.5'"),
+        ("max_new_tokens", 0, "an integer of at least 1 but got '0'"),
+    ],
+)
+def test_generation_config_is_blamed_for_its_values(tmp_path, fails, key, value, expected):
+    tiny.write_model(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({"do_sample": True, key: value}))
+    assert fails(model=tmp_path) == f"error: {key} in {file} must be {expected}.\n"
 
 
 # --- mistakes ----------------------------------------------------------------------------------
@@ -346,10 +365,28 @@ def test_empty_or_garbled_standard_input_is_one_line(fails, monkeypatch):
         assert expected in fails("-p", "-")
 
 
-def test_template_that_refuses_is_one_line(fails, chat_directory):
-    refuse = "{{ raise_exception('no system\nplease') }}"
-    tiny.write_tokenizer(chat_directory, chat_template=refuse)
-    assert "refuses this prompt: no system please." in fails(model=chat_directory)
+def test_closed_standard_input_is_one_line(fails, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "needs standard input but it is closed" in fails("-p", "-")
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('no system\nplease') }}", "no system please."),
+        ("{{ 1 / 0 }}", "division by zero."),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
+        ("{{ 'abc'.index('d') }}", "substring not found."),
+        ("{{ '{x}'.format() }}", "'x'."),
+        ("{{ 1 + 'a' }}", "unsupported operand"),
+        ("{% if %}", "Expected an expression"),
+        ("{{ '\ud800' }}", ""),
+    ],
+    ids=["raises", "division", "recursion", "value", "lookup", "type", "syntax", "surrogate"],
+)
+def test_template_that_fails_is_one_line(fails, chat_directory, template, why):
+    tiny.write_tokenizer(chat_directory, chat_template=template)
+    assert f"the chat template refuses this prompt: {why}" in fails(model=chat_directory)
 
 
 def test_a_model_without_a_tokenizer_is_one_line(fails, tmp_path):
