@@ -1,7 +1,8 @@
 """Make the bundled model of a finished training run: convert, measure on MLX, write its card.
 
     python examples/bundle_stories.py --run runs/stories --mlx-path mlx_mcsd/assets/stories \
-        --licence "TinyStories: CDLA-Sharing-1.0" --licence "books: public domain"
+        --licence "TinyStories: CDLA-Sharing-1.0" --licence "books: public domain" \
+        --command "python examples/train_stories.py ..."
 
 Reads what examples/train_stories.py wrote into RUN. The target must not exist yet.
 """
@@ -61,6 +62,9 @@ def main(argv=None):
     parser.add_argument("--mlx-path", type=Path, required=True, help="folder to make")
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--licence", action="append", default=[], help="of the data; repeatable")
+    parser.add_argument(
+        "--command", action="append", default=[], help="as it was typed; repeatable"
+    )
     args = parser.parse_args(argv)
     convert = [sys.executable, "-m", "mlx_mcsd.convert", "--hf-path", args.run / "hf"]
     subprocess.run([*convert, "--mlx-path", args.mlx_path, "--dtype", args.dtype], check=True)
@@ -71,8 +75,6 @@ def main(argv=None):
     settings = json.loads((args.mlx_path / "generation_config.json").read_text())
     model, tokenizer = load(args.mlx_path)
     shape = vars(model.args)
-    options = "\n".join(f"    --{k.replace('_', '-')} {v}" for k, v in facts["options"].items())
-    command = "".join(f" --{kind} {' '.join(names)}" for kind, names in facts["files"].items())
     template = Path(__file__).with_name("stories_card.md").read_text()
     card = template.format(
         parameters=facts["parameters"] / 1e6,
@@ -84,8 +86,7 @@ def main(argv=None):
         state=sum(layer.mixer.state_bytes(1) for layer in model.layers),
         tokens=facts["training_tokens_seen"] / 1e6,
         seed=facts["options"]["seed"],
-        command=command,
-        options=f"with these settings, which are the script's defaults:\n\n{options}",
+        commands="\n".join(f"    {line}" for line in args.command),
         sources="\n".join(f"| {name} | `{digest}` |" for name, digest in facts["sources"].items()),
         licences="; ".join(args.licence) or "not named",
         temperature=settings["temperature"],

@@ -247,6 +247,9 @@ def main(argv=None):
     optimizers = make_optimizers(model, args)
     checkpoint, log_path = args.out / "checkpoint.pt", args.out / "log.jsonl"
     step, carried, log = 0, None, []
+    earlier = None
+    if args.init_from:
+        earlier = torch.load(args.init_from / "checkpoint.pt", weights_only=True)
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])
@@ -255,10 +258,9 @@ def main(argv=None):
         streams.restore(saved["streams"])
         torch.set_rng_state(saved["rng"])
         step, carried, log = saved["step"], saved["carried"], saved["log"]
-    elif args.init_from:
-        saved = torch.load(args.init_from / "checkpoint.pt", weights_only=True)
-        model.load_state_dict(saved["model"])
-        streams.go_on(saved["streams"])
+    elif earlier:
+        model.load_state_dict(earlier["model"])
+        streams.go_on(earlier["streams"])
 
     model.train()
     bar = tqdm(total=args.steps, initial=step, unit="step", smoothing=0.05)
@@ -313,6 +315,10 @@ def main(argv=None):
     if step < args.steps:
         return
 
+    # The picture of a run that went on from another shows both.
+    before = earlier["step"] if earlier else 0
+    later = [line | {"step": before + line["step"]} for line in log]
+    plot([*(earlier["log"] if earlier else []), *later], args.out / "loss.png")
     hf = args.out / "hf"
     # How a story reads best; generate() and mlx_mcsd.generate take it from here.
     model.generation_config.update(do_sample=True, temperature=0.7, top_p=0.95, max_new_tokens=400)
@@ -323,13 +329,9 @@ def main(argv=None):
         "parameters": parameters,
         "bits_per_character_unseen": round(bits_per_character(model, unseen, unseen_texts), 4),
         "unseen": {"stories": len(unseen), "characters": sum(map(len, unseen_texts))},
-        "training_tokens_seen": args.steps * args.batch * args.length,
+        "training_tokens_seen": (before + step) * args.batch * args.length,
         "sources": {
             Path(p).name: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in sources
-        },
-        "files": {
-            kind: [Path(p).name for p in getattr(args, kind)]
-            for kind in ("stories", "lower", "books")
         },
         "options": {k: v for k, v in vars(args).items() if isinstance(v, int | float)},
     }
