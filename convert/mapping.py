@@ -1,24 +1,60 @@
 """Which tensor of a source fills which parameter of the model, with nothing over and nothing open.
 
 The checkpoint layout and the run-time tree differ in one thing only: matrices that read the same
-input are separate on disk and one below the other at run time. Each module says so itself in its
-table `fused`, by which `Model.sanitize` concatenates, so no name is written twice:
-
-    on disk                                              at run time
-    model.layers.{l}.mixer.{u,v,e,f}_proj.weight         model.layers.{l}.mixer.uvef_proj.weight
-    model.layers.{l}.mlp.{gate,up}_proj.weight           model.layers.{l}.mlp.gate_up_proj.weight
-    every other tensor                                   the same name
-
-Names are compared whole, never by a part. A source may also bring the run-time names, as anything
-that mlx-lm saved does. One tensor may be there for nothing: a head beside a tied embedding.
+input are separate on disk and one below the other at run time. `TABLE` says which parameter each
+name belongs to; how the rows are joined is said once, by each module's `fused`, and done once, by
+`Model.sanitize`. Names are compared whole, never by a part.
 """
 
+import re
+
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlx_mcsd.errors import MCSDError
-from mlx_mcsd.loading import check_tensors
+from mlx_mcsd.loading import check_tensors, some
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LAYER = r"(model\.layers\.[0-9]+)"
+
+# A name on disk, and the run-time names it may have: the model has exactly one of them.
+TABLE = {
+    r"model\.embed_tokens\.weight": ("model.embed_tokens.weight",),
+    LAYER + r"\.(mixer_norm|mlp_norm)\.weight": (r"\1.\2.weight",),
+    LAYER + r"\.mixer\.[uv]_proj\.weight": (
+        r"\1.mixer.uvef_proj.weight",
+        r"\1.mixer.uv_proj.weight",
+    ),
+    LAYER + r"\.mixer\.[ef]_proj\.weight": (
+        r"\1.mixer.uvef_proj.weight",
+        r"\1.mixer.ef_proj.weight",
+    ),
+    LAYER + r"\.mixer\.(decay_norm|decay_norm_0|o_proj)\.weight": (r"\1.mixer.\2.weight",),
+    LAYER + r"\.mlp\.(?:gate|up)_proj\.weight": (r"\1.mlp.gate_up_proj.weight",),
+    LAYER + r"\.mlp\.down_proj\.weight": (r"\1.mlp.down_proj.weight",),
+    r"model\.norm\.weight": ("model.norm.weight",),
+    # A head may be stored beside the embedding it is tied to.
+    r"lm_head\.weight": ("lm_head.weight", "model.embed_tokens.weight"),
+    # What mlx-lm saved brings the run-time names.
+    LAYER + r"\.mixer\.(uvef|uv|ef)_proj\.weight": (r"\1.mixer.\2_proj.weight",),
+    LAYER + r"\.mlp\.gate_up_proj\.weight": (r"\1.mlp.gate_up_proj.weight",),
+}
+
+
+def destination(name, parameters):
+    """Return the run-time name of what a tensor fills, by `TABLE`.
+
+    Args:
+        name: a tensor's name on disk.
+        parameters: the names of the model's parameters.
+
+    Returns:
+        One of `parameters`, or None where the tensor has no place among them.
+    """
+    for pattern, targets in TABLE.items():
+        if match := re.fullmatch(pattern, name):
+            candidates = (match.expand(target) for target in targets)
+            return next((c for c in candidates if c in parameters), None)
+    return None
 
 
 def fill(model, checkpoint):
@@ -29,19 +65,28 @@ def fill(model, checkpoint):
         checkpoint: a `Checkpoint`.
 
     Raises:
-        MCSDError: tensors that are missing, or that the model has no place for, or of another shape
-            or type than it needs, or a head that differs from the embedding it is tied to.
+        MCSDError: tensors that are missing, or that the model or the table has no place for, or of
+            another shape or type than it needs, or a head that differs from the embedding it is
+            tied to.
     """
     # Float64 is read as float32.
     kinds = {
         name: (kind.replace("F64", "F32"), s) for name, (kind, s) in checkpoint.tensors.items()
     }
     check_tensors(model, kinds)
-    weights = checkpoint.read()
-    tied = model.args.tie_word_embeddings and HEAD in weights
-    if tied and not mx.array_equal(weights[HEAD], weights[EMBEDDING], equal_nan=True):
+    parameters = dict(tree_flatten(model.parameters()))
+    places = {name: destination(name, parameters) for name in kinds}
+    if unnamed := [name for name, place in places.items() if place is None]:
         raise MCSDError(
-            f"[convert] {HEAD} must equal {EMBEDDING} with tie_word_embeddings true but differs; "
+            f"[convert] the converter's table of names must have {some(unnamed)} but does not; "
+            "only the layout of the mixer mcsd can be converted."
+        )
+    weights = checkpoint.read()
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    tied = places.get(head) == embedding
+    if tied and not mx.array_equal(weights[head], weights[embedding], equal_nan=True):
+        raise MCSDError(
+            f"[convert] {head} must equal {embedding} with tie_word_embeddings true but differs; "
             "set it to false in config.json if the head is meant."
         )
     model.load_weights(list(model.sanitize(weights).items()), strict=True)
