@@ -70,5 +70,12 @@ def read_at_offsets(file):
         if info["dtype"] == "BF16":
             arrays[name] = mx.array(values).view(mx.bfloat16)
         else:
-            arrays[name] = mx.array(values.astype(np.float32) if dtype == np.float64 else values)
+            try:
+                with np.errstate(over="raise"):
+                    narrow = values.astype(np.float32) if dtype == np.float64 else values
+            except FloatingPointError:
+                raise MCSDError(
+                    f"[convert] {name} must fit float32 but holds larger numbers."
+                ) from None
+            arrays[name] = mx.array(narrow)
     return arrays
