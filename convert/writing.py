@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlx_lm.utils import save_config, save_model
@@ -14,17 +14,17 @@ from mlx_mcsd.loading import one_line
 SHIM_NAME = "mcsd.py"
 SHIM = "from mlx_mcsd.model import Model, ModelArgs  # noqa: F401\n"
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# Taken over byte for byte where the source has them.
-COPIED = (
-    *TOKENIZER_FILES,
+# Taken over byte for byte where they are.
+COPIED = ("generation_config.json", "LICENSE")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "merges.txt",
     "chat_template.jinja",
-    "generation_config.json",
-    "LICENSE",
 )
 
 CARD = """---
@@ -48,7 +48,7 @@ To run it:
 """
 
 
-def write(target, model, config, *, source, origin, options):
+def write(target, model, config, *, source, tokenizer, origin, options):
     """Write a directory that `mlx_mcsd.load` and every mlx-lm command can load.
 
     Args:
@@ -56,7 +56,8 @@ def write(target, model, config, *, source, origin, options):
         model: the `Model`, whose parameters are written under their run-time names, in shards of at
             most 5 GB, and given up.
         config: the content of `config.json`, with `quantization` if quantized.
-        source: the directory whose tokenizer and other small files are copied.
+        source: the directory whose other small files are copied.
+        tokenizer: the directory whose tokenizer is copied, or None.
         origin: what the card calls the source.
         options: the command's options, for the card.
 
@@ -67,9 +68,11 @@ def write(target, model, config, *, source, origin, options):
         save_model(out, model, donate_model=True)
         save_config(config, out / "config.json")
         (out / SHIM_NAME).write_text(SHIM)
-        for name in COPIED:
-            if (source / name).exists():
-                shutil.copyfile(source / name, out / name)
+        files = [source / name for name in COPIED]
+        files += [tokenizer / name for name in TOKENIZER_FILES] if tokenizer else []
+        for file in files:
+            if file.exists():
+                shutil.copyfile(file, out / file.name)
         card = CARD.format(name=target.name, origin=origin, options=options)
         (out / "README.md").write_text(card)
 
@@ -79,6 +82,7 @@ def directory(target):
     """A directory to fill, renamed to `target` when the block ends well and removed when not."""
     target = Path(target)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    new_parents = [parent for parent in target.parents if not parent.exists()]
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -88,3 +92,6 @@ def directory(target):
         raise MCSDError(f"[convert] {target} could not be written: {one_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in new_parents:  # the innermost first; one that holds something stays
+            with suppress(OSError):
+                parent.rmdir()
