@@ -1,6 +1,7 @@
 """The converter: what it writes is exactly the source; what it refuses leaves nothing behind."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +11,20 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+import sentencepiece
 from mlx.utils import tree_flatten
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import oracle
 import tiny
-from mlx_mcsd.convert import writing
-from mlx_mcsd.convert.__main__ import main
+from mlx_mcsd.convert import mapping, pipeline, writing
+from mlx_mcsd.convert.__main__ import main, setup_arg_parser
+from mlx_mcsd.errors import MCSDError
 from mlx_mcsd.loading import load, load_model
+from mlx_mcsd.mixers import base, mcsd
+from mlx_mcsd.tokenizer import train_sentencepiece
+from models import mlx_model
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_channels": 2}
 """Widths 64 and 32 take part in quantization by groups of 32."""
@@ -71,8 +77,64 @@ def test_round_trip(tmp_path, target, variant, capsys):
     assert same(load_model(source)(TOKENS), load_model(target)(TOKENS))
     # No tokenizer: one warning, and nothing else on stderr.
     assert capsys.readouterr().err == (
-        f"warning: no tokenizer.json in {source}; converting without a tokenizer.\n"
+        f"warning: converting without a tokenizer: no tokenizer.json in {source}.\n"
     )
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
+@pytest.mark.parametrize("variant", oracle.VARIANTS)
+def test_table_of_names(variant, tied):
+    """Every tensor is in one row; it goes where `sanitize` takes it; every parameter is filled."""
+    config, tensors = oracle.random_checkpoint(1, **variant, tie_word_embeddings=tied)
+    model = mlx_model(config, tensors)
+    wanted = parameters(model)
+    filled = {}
+    for name in tensors:
+        assert sum(bool(re.fullmatch(pattern, name)) for pattern in mapping.TABLE) == 1
+        filled.setdefault(mapping.destination(name, wanted), []).append(name)
+    assert filled.keys() == wanted.keys()
+    for place, names in filled.items():
+        assert model.sanitize({name: mx.array(tensors[name]) for name in names}).keys() == {place}
+    assert {name: mapping.destination(name, wanted) for name in wanted} == {n: n for n in wanted}
+    assert mapping.destination("lm_head.weight", wanted) == (
+        "model.embed_tokens.weight" if tied else "lm_head.weight"
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "xmodel.norm.weight",
+        "model.norm.weight.old",
+        "model.norm.weight\n",
+        "modelXnorm.weight",
+        "model.layers.0.mixer.x_proj.weight",
+        "model.layers.0.mixer.u_proj.bias",
+        "model.layers.9.mixer.u_proj.weight",
+        "model.layers.-1.mixer.u_proj.weight",
+    ],
+    ids=repr,
+)
+def test_table_is_anchored(name):
+    """A name that only contains, or only resembles, one of the table has no place."""
+    wanted = parameters(mlx_model(*oracle.random_checkpoint(1)))
+    assert mapping.destination(name, wanted) is None
+
+
+def test_mixer_without_a_row(source, target, capsys, monkeypatch):
+    """A mixer the table does not know is refused by name, although the model has a place for it."""
+
+    class Biased(mcsd.MCSD):
+        def __init__(self, args):
+            super().__init__(args)
+            self.gain = mx.zeros(1)
+
+    monkeypatch.setitem(base._REGISTRY, "biased", Biased)
+    edit_json(source / "config.json", mixer="biased")
+    change(source, **{f"model__layers__{i}__mixer__gain": zeros(1) for i in range(2)})
+    line = refused(capsys, "--hf-path", source, "--mlx-path", target)
+    assert "table of names must have model.layers.0.mixer.gain" in line
+    assert not target.exists()
 
 
 def test_names(source, target):
@@ -117,6 +179,61 @@ def test_files(source, target):
     card = (target / "README.md").read_text()
     assert "--hf-path source --mlx-path target --dtype float16" in card
     assert str(source.parent) not in card
+
+
+TEXT = "a dog ran.\n\n  Then it slept."
+
+
+def only_sentencepiece(source, proto):
+    """Replace the `tokenizer.json` of a source by a `tokenizer.model`."""
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.model").write_bytes(proto)
+
+
+def test_tokenizer_from_sentencepiece(tmp_path, target, capsys):
+    """A lossless tokenizer.model alone becomes a tokenizer that loads, with the same ids."""
+    source = tmp_path / "source"
+    tiny.write_model(source, vocab_size=300)
+    proto = train_sentencepiece([TEXT] * 3, 280)
+    only_sentencepiece(source, proto)
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    convert(source, target)
+    assert capsys.readouterr().err == ""
+    _, tokenizer = load(target)
+    ids = sentencepiece.SentencePieceProcessor(model_proto=proto).encode(TEXT)
+    assert tokenizer.encode(TEXT, add_special_tokens=False) == ids
+    assert (target / "tokenizer.model").read_bytes() == proto
+    chat = [{"role": "user", "content": "a"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "a!"
+
+
+@pytest.mark.parametrize(
+    "proto, reason",
+    [
+        (lambda: b"junk", "Error parsing message"),
+        (lambda: b"", "expected a SentencePiece BPE model"),
+        (
+            lambda: train_sentencepiece([TEXT] * 3, 280),
+            "vocabulary is smaller than the tokenizer's",
+        ),
+        (None, "no tokenizer.json in"),
+    ],
+    ids=["junk", "lossy", "large", "only its config"],
+)
+def test_tokenizer_that_does_not_do(source, target, proto, reason, capsys):
+    """No tokenizer file is taken over, one line says why, and the result loads without."""
+    if proto is None:
+        (source / "tokenizer.json").unlink()
+    else:
+        only_sentencepiece(source, proto())
+    convert(source, target)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: converting without a tokenizer: ")
+    assert reason in line and str(source) in line
+    assert not list(target.glob("*token*"))
+    model, tokenizer = load(target)
+    assert tokenizer is None
+    assert same(model(TOKENS), load_model(source)(TOKENS))
 
 
 def test_converting_again_changes_nothing(source, target):
@@ -237,16 +354,19 @@ def test_quantize(source, target, flags, settings):
     assert same(ours(TOKENS), theirs(TOKENS))
 
 
-def test_unquantized_matrices_are_reported(source, target, capsys):
+def test_unquantized_matrices_are_reported(tmp_path, target, capsys):
     """One line counts and names the matrices whose width is no multiple of the group."""
+    source = tmp_path / "source"
+    tiny.write_model(source, **WIDE, num_hidden_layers=1)
     convert(source, target, "-q", "--dtype", "float16")
     (line,) = (x for x in capsys.readouterr().out.splitlines() if "stay float" in x)
-    assert line.startswith("[INFO] 4 of 8 matrices stay float, their width being no multiple of 64")
-    weights = mx.load(str(target / "model.safetensors"))
+    text, names = line.rsplit(": ", 1)
+    assert text == "[INFO] 2 of 5 matrices stay float, their width being no multiple of 64"
     # Widths Dc = 32 and F = 96.
-    for name in ("model.layers.0.mixer.uvef_proj", "model.layers.0.mlp.down_proj"):
-        assert weights[f"{name}.weight"].dtype == mx.float16
-        assert name in line or "more" in line
+    odd = {"model.layers.0.mixer.uvef_proj", "model.layers.0.mlp.down_proj"}
+    assert set(names.removesuffix(".").split(", ")) == odd
+    weights = mx.load(str(target / "model.safetensors"))
+    assert all(weights[f"{name}.weight"].dtype == mx.float16 for name in odd)
     assert weights["model.layers.0.mlp.gate_up_proj.weight"].dtype == mx.uint32
     assert weights["model.layers.0.mlp.gate_up_proj.scales"].dtype == mx.float16
 
@@ -342,6 +462,10 @@ REFUSED = {
         "model.layers.0.mixer.u_proj.weight must have shape (2, 32, 32) but has (64, 64)",
     ),
     "type": (lambda s: change(s, **{U_PROJ: zeros(2, 32, 32, dtype=np.int32)}), "I32"),
+    "beyond float32": (
+        lambda s: change(s, model__norm__weight=np.full(64, 1e300)),
+        "model.norm.weight must fit float32",
+    ),
     "head differs": (
         lambda s: edit_json(s / "config.json", tie_word_embeddings=True),
         "lm_head.weight must equal model.embed_tokens.weight",
@@ -388,6 +512,8 @@ def test_refused_source(source, target, spoil, complaint, capsys):
         (["-q", "--q-bits", "0"], "--q-bits"),
         (["-q", "--q-group-size", "48"], "group size 48"),
         (["-q", "--q-group-size", "128"], "128 divides none"),
+        (["-q", "--q-group-size", "67108864"], "--q-group-size"),
+        (["-q", "--q-group-size", "9" * 30], "--q-group-size"),
         (["-q", "--q-mode", "mxfp4", "--q-bits", "8"], "mxfp4"),
         (["--q-bits", "4"], "need -q"),
         (["--bits", "4"], "--bits"),
@@ -407,6 +533,66 @@ def test_refused_path(target, path, capsys):
     assert not list(target.parent.iterdir())
 
 
+@pytest.mark.parametrize(
+    "path, complaint",
+    [
+        ("", "but is empty"),
+        ("a" * 5000, "File name too long"),
+        ("a\0b", "null byte"),
+        ("file/target", "Not a directory"),
+    ],
+    ids=["empty", "long", "NUL", "below a file"],
+)
+def test_refused_target_path(tmp_path, path, complaint, capsys, monkeypatch):
+    """A path that no directory can have is refused before the source is even looked at."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    line = refused(capsys, "--hf-path", "nowhere", "--mlx-path", path)
+    assert "--mlx-path must name a directory" in line and complaint in line
+    assert len(line) < 200
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("dtype, value", [("float16", 65536), ("bfloat16", 3.4e38)])
+def test_overflowing_weight(source, target, dtype, value, capsys):
+    """A weight that would become infinite is named, and nothing is written."""
+    change(source, **{U_PROJ: np.full((2, 32, 32), value, np.float32)})
+    line = refused(capsys, "--hf-path", source, "--mlx-path", target, "--dtype", dtype)
+    assert "model.layers.0.mixer.u_proj.weight must lie within" in line
+    assert not target.exists()
+
+
+def test_infinite_weights_stay(source, target):
+    """What is infinite in the source is no overflow."""
+    change(source, model__norm__weight=np.full(64, np.inf, np.float32))
+    convert(source, target, "--dtype", "float16")
+    assert mx.isinf(mx.load(str(target / "model.safetensors"))["model.norm.weight"]).all()
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        ({"dtype": "int8"}, "--dtype must be one of"),
+        ({"q_mode": "zz"}, "--q-mode must be one of affine"),
+        ({"quantize": True, "q_group_size": 2**40}, "--q-group-size"),
+        ({"quantize": True, "q_bits": 2**40}, "--q-bits"),
+    ],
+    ids=str,
+)
+def test_refused_options(source, target, options, complaint):
+    """The function checks what the command's parser does."""
+    with pytest.raises(MCSDError, match=complaint):
+        pipeline.convert(source, target, **options)
+    assert not target.exists()
+
+
+def test_choices_of_the_command():
+    """The parser offers what the function takes, without importing it."""
+    choices = {action.dest: action.choices for action in setup_arg_parser()._actions}
+    assert choices["dtype"] == list(pipeline.DTYPES)
+    assert choices["q_mode"] == list(pipeline.QUANTIZATION)
+
+
 def test_source_is_required(capsys):
     """Without a source there is nothing to do."""
     assert "--hf-path" in refused(capsys, "--mlx-path", "target")
@@ -424,6 +610,25 @@ def test_target_in_new_directories(source, target):
     """Parents of the target are made."""
     convert(source, target / "a" / "b")
     assert (target / "a" / "b" / "config.json").exists()
+
+
+def test_failing_in_new_directories(source, target, monkeypatch, capsys):
+    """Parents that were made go again; those that were there, or hold something else, stay."""
+    (target / "mine").mkdir(parents=True)
+
+    def stop(*_):
+        (target / "mine" / "new" / "other").touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writing, "save_config", stop)
+    path = target / "mine" / "new" / "a" / "b"
+    assert "No space" in refused(capsys, "--hf-path", source, "--mlx-path", path)
+    assert {p.name for p in target.rglob("*")} == {"mine", "new", "other"}
+    (target / "mine" / "new" / "other").unlink()
+    monkeypatch.setattr(writing, "save_config", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert(source, path / "c")
+    assert {p.name for p in target.rglob("*")} == {"mine", "new"}
 
 
 @pytest.mark.parametrize(
