@@ -1,0 +1,1 @@
+from mlx_mcsd.model import Model, ModelArgs  # noqa: F401
