@@ -1,0 +1,220 @@
+"""The Metal kernels of the recurrence: the bodies in metal/, built once, with their gradients.
+
+A function here has the signature of the plain form it stands for, and gives what that gives. Only
+:func:`available` asks for a GPU, so a graph with kernels in it can be made and exported anywhere.
+
+Letters: B batch, N tokens, C channels, Dc features per channel, D = C Dc, S segments of time.
+"""
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from functools import cache, lru_cache, partial
+from importlib.resources import files
+
+import mlx.core as mx
+import numpy as np
+
+from .arguments import check_scan
+from .errors import MCSDError
+
+DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+
+LANES = 32  # of a simdgroup
+FULL_GRID = 16_384  # threads below which a GPU starves: time is then split into segments
+SEGMENTS = 16  # at most, one simdgroup each: 512 threads a threadgroup
+SEGMENT_TOKENS = 32  # at least, or combining the segments costs more than they save
+DISPATCH_TOKENS = 32_768  # at most, so that no dispatch comes near the GPU's watchdog
+
+
+def available(dtype: mx.Dtype) -> bool:
+    """Tell whether kernels run here: Metal, a GPU as the default device, and a dtype they read.
+
+    ``MLX_MCSD_KERNELS=off`` forces the plain forms, and is answered on stderr once.
+
+    Raises:
+        MCSDError: if that variable is neither "on" nor "off".
+    """
+    return (
+        _wanted(os.environ.get("MLX_MCSD_KERNELS", "on"))
+        and dtype in DTYPES
+        and mx.metal.is_available()
+        and mx.default_device() == mx.gpu
+    )
+
+
+@cache
+def _wanted(setting: str) -> bool:
+    if setting not in ("on", "off"):
+        raise MCSDError(f"[kernels] MLX_MCSD_KERNELS must be on or off but got {setting!r}.")
+    if setting == "off":
+        print("MLX_MCSD_KERNELS=off: running the plain forms, no Metal kernel.", file=sys.stderr)
+    return setting == "on"
+
+
+def decay_scan(
+    x: mx.array,
+    lam: Sequence[float],
+    h0: mx.array | None = None,
+    mask: mx.array | None = None,
+    reset: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Run ``h_{n+1} = lambda (h_n + x_n)``, exclusive; see :mod:`mlx_mcsd.recurrence` for shapes.
+
+    x is read in the strides it has. The gradient runs through :func:`decay_scan_grad`.
+
+    Raises:
+        MCSDError: if a shape, a dtype or a decay is unfit.
+    """
+    lam, h0 = check_scan(x, lam, h0, mask, reset)
+    return _in_pieces(partial(_scan, lam), x, h0, mask, reset)
+
+
+def decay_scan_grad(
+    dh: mx.array,
+    lam: Sequence[float],
+    dlast: mx.array | None = None,
+    mask: mx.array | None = None,
+    reset: mx.array | None = None,
+    dtype: mx.Dtype = mx.float32,
+) -> tuple[mx.array, mx.array]:
+    """Return what :func:`decay_scan` passes back to x and h0: the same recurrence, from the end.
+
+    Args:
+        dh: (B, N, C, Dc), any float dtype, the cotangent of every h.
+        lam: C floats.
+        dlast: (B, C, Dc) float32, the cotangent of the last state; None is zero.
+        mask: (B, N) bool, as the scan had it.
+        reset: (B, N) bool, as the scan had it.
+        dtype: of dx, that is of x.
+
+    Returns:
+        dx (B, N, C, Dc) and dh0 (B, C, Dc) float32.
+
+    Raises:
+        MCSDError: if a shape, a dtype or a decay is unfit.
+    """
+    lam, dlast = check_scan(dh, lam, dlast, mask, reset)
+    dx, dh0 = _in_pieces(partial(_scan_grad, lam, dtype), dh, dlast, mask, reset, backwards=True)
+    return dx.astype(dtype), dh0
+
+
+def _in_pieces(scan, x, state, mask, reset, backwards=False) -> tuple[mx.array, mx.array]:
+    """Run a scan over at most DISPATCH_TOKENS at a time, the state going from piece to piece."""
+    if x.dtype not in DTYPES:
+        raise MCSDError(f"[kernels] kernels read {', '.join(map(str, DTYPES))} but got {x.dtype}.")
+    if x.size == 0:
+        return mx.zeros(x.shape, mx.float32), state
+    N = x.shape[1]
+    if N <= DISPATCH_TOKENS:
+        return scan(x, state, mask, reset)
+    starts = range(0, N, DISPATCH_TOKENS)
+    outputs = {}
+    for a in reversed(starts) if backwards else starts:
+        part = [None if v is None else v[:, a : a + DISPATCH_TOKENS] for v in (x, mask, reset)]
+        outputs[a], state = scan(part[0], state, *part[1:])
+    return mx.concatenate([outputs[a] for a in starts], axis=1), state
+
+
+def _scan(lam, x, h0, mask, reset) -> tuple[mx.array, mx.array]:
+    """One piece of the scan, with its gradient; one that is to be exported goes without."""
+
+    def launch(x, h0, mask, reset):
+        return _launch("decay_scan", [], lam, x, h0, mask, reset)
+
+    if _only_exports(x):
+        return launch(x, h0, mask, reset)
+    scan = mx.custom_function(launch)
+
+    @scan.vjp
+    def scan_vjp(primals, cotangents, _):
+        x, _, mask, reset = primals
+        dx, dh0 = _scan_grad(lam, x.dtype, *cotangents, mask, reset)
+        return dx, dh0, mask, reset  # the last two stand where there is no gradient
+
+    return scan(x, h0, mask, reset)
+
+
+def _scan_grad(lam, dtype, dh, dlast, mask, reset) -> tuple[mx.array, mx.array]:
+    """One piece of the adjoint."""
+    return _launch("decay_scan_grad", [("T", dtype)], lam, dh, dlast, mask, reset)
+
+
+def _only_exports(x: mx.array) -> bool:
+    """Tell whether x is traced for an export, on a machine that could not run the kernel anyway.
+
+    MLX exports a kernel but no `custom_function`, and has no call that says what a trace is for.
+    Under an export nothing can be evaluated; what is differentiated begins as a copy.
+    """
+    if mx.metal.is_available():
+        return False  # never evaluated there; to export a model from a Mac, turn kernels off
+    try:
+        mx.eval(x)
+    except ValueError:
+        mx.export_to_dot(graph := io.StringIO(), x)
+        return '"Copy"' not in graph.getvalue()
+    return False
+
+
+SIGNATURES = {
+    "decay_scan": (["x", "decay", "h0", "mask", "reset"], ["h", "last"]),
+    "decay_scan_grad": (["dh", "decay", "dlast", "mask", "reset"], ["dx", "dh0"]),
+}
+
+
+@cache
+def kernel(name: str):
+    """Return the kernel whose body is metal/NAME.metal, built on first use."""
+    inputs, outputs = SIGNATURES[name]
+    return mx.fast.metal_kernel(
+        name=f"mlx_mcsd_{name}",
+        input_names=inputs,
+        output_names=outputs,
+        source=files("mlx_mcsd.metal").joinpath(f"{name}.metal").read_text(encoding="utf-8"),
+        # A slice of the fused projection is read as it lies; the copy would cost a third pass.
+        ensure_row_contiguous=False,
+    )
+
+
+def _launch(name, types, lam, x, state, mask, reset) -> tuple[mx.array, mx.array]:
+    """Dispatch a scan kernel over x (B, N, C, Dc), with the types its template names, if any."""
+    B, N, C, Dc = x.shape
+    S = segments(B, N, C * Dc)
+    flags = [_absent() if m is None else m for m in (mask, reset)]
+    out, state = kernel(name)(
+        inputs=[x, _decay(lam), state, *flags],
+        template=[
+            *types,
+            ("S", S),
+            ("HAS_MASK", mask is not None),
+            ("HAS_RESET", reset is not None),
+        ],
+        grid=(-(-C * Dc // LANES) * LANES, S, B),
+        threadgroup=(LANES, S, 1),
+        output_shapes=[x.shape, state.shape],
+        output_dtypes=[dict(types).get("T", mx.float32), mx.float32],
+    )
+    return out, state
+
+
+def segments(B: int, N: int, D: int) -> int:
+    """Return into how many segments time is split: one, unless B D threads would starve a GPU."""
+    S = 1
+    while S < SEGMENTS and S * B * D < FULL_GRID and N >= 2 * S * SEGMENT_TOKENS:
+        S *= 2
+    return S
+
+
+@lru_cache(maxsize=64)
+def _decay(lam: tuple[float, ...]) -> mx.array:
+    """Lambda as a pair of floats, and log2(lambda): (3, C) float32, computed in float64."""
+    exact = np.array(lam, np.float64)
+    rounded = exact.astype(np.float32)
+    return mx.array(np.stack([rounded, exact - rounded, np.log2(exact)]).astype(np.float32))
+
+
+@cache
+def _absent() -> mx.array:
+    """What a kernel is given for a mask it will not read."""
+    return mx.array([[False]])
