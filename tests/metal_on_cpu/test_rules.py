@@ -1,0 +1,69 @@
+"""The rules of Metal that C++ has not, each broken by a line of text."""
+
+import mlx.core as mx
+import pytest
+
+from metal_on_cpu import rules, source
+
+BROKEN = {
+    "double": ("double s = x[0]; y[0] = s;", "no double"),
+    "literal": ("y[0] = 0.5 * x[0];", "no suffix"),
+    "address space": ("const float* p = x; y[0] = p[0];", "without an address space"),
+    "reference": ("thread float a = 1.0f; float& r = a; y[0] = r;", "without an address space"),
+    "heap": ("y[0] = *new float(1.0f);", "no heap"),
+    "exception": ("if (x[0] > 1.0f) throw 1;", "no exceptions"),
+    "std": ("y[0] = std::exp(x[0]);", "no std::"),
+    "function pointer": ("float (*f)(float) = metal::exp; y[0] = f(x[0]);", "no function pointers"),
+    "recursion": ("struct S { static int f(int n) { return n ? f(n - 1) : 0; } };", "no recursion"),
+}
+SHARED = "threadgroup float a[2]; a[0] = x[0];"
+FINE = """
+// A comment may say double or 0.5, "x" or new.
+constant float table[2] = {1.0f, 2e-3f};  /* and
+a comment of two lines may say std::exp */
+const device float* p = x + 1;
+threadgroup float a[4];
+thread float& r = *(thread float*)0;
+int64_t n = 3 * x_strides[0] & 7;
+y[0] = p[0] * table[1] + 0x1p-3f + 1e5f;
+for (int i = 0; i < 3; ++i) { y[i] = metal::exp(x[i]); }
+"""
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_reading_finds(name):
+    text, message = BROKEN[name]
+    (found,) = rules.read(f"\n{text}\n")
+    assert found.startswith("line 2: ") and message in found
+
+
+def test_reading_accepts_metal():
+    assert rules.read(FINE) == []
+
+
+@rules.needs_clang
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        pytest.param("double s = x[0]; y[0] = s;", "double", id="double"),
+        pytest.param("y[0] = 0.5 * x[0];", "double precision constant", id="literal"),
+        pytest.param("const T* p = x; y[0] = p[0];", "cannot initialize", id="space"),
+        pytest.param(f"{SHARED} device float* p = a; y[0] = *p;", "cannot initialize", id="spaces"),
+        pytest.param("x[0] = T(1.0f); y[0] = x[0];", "not assignable", id="input written"),
+        pytest.param("float (*f)(float) = metal::exp;", "pointers to functions", id="function"),
+        pytest.param("int n = x_shape[0]; float v[n]; y[0] = v[0];", "array", id="length"),
+        pytest.param(f"{SHARED} const device T* p = x + 1; y[0] = a[0] + p[0];", None, id="fine"),
+    ],
+)
+def test_clang_finds(text, message, dtype):
+    kernel = mx.fast.metal_kernel(name="sample", input_names=["x"], output_names=["y"], source=text)
+    keywords = {
+        "template": [("T", dtype)],
+        "grid": (1, 1, 1),
+        "threadgroup": (1, 1, 1),
+        "output_shapes": [(4,)],
+        "output_dtypes": [mx.float32],
+    }
+    said = rules.check(source.trace("sample", text, kernel, [mx.zeros(70, dtype)], keywords))
+    assert message in said if message else said == "", said
