@@ -23,7 +23,8 @@ and undefined-behaviour sanitizers. "traced" sees each access: reads and writes 
 between the elements of a strided one, reads of what nothing has written, outputs left unwritten,
 and races, that is two threads on one item, one of them writing, and no barrier between that orders
 that memory; and it counts the traffic. In each, outputs and threadgroup memory start as NaN, and
-every local variable as a pattern.
+every local variable as a pattern. "captured" runs nothing, needs no compiler and gives zeros: it
+is for reading what MLX would dispatch.
 
 **Orders.** Lanes, simdgroups and threadgroups take turns in "ascending", "descending" or "random"
 order (with `seed`).
@@ -38,7 +39,7 @@ threadgroups; atomics, textures and simdgroup matrices do not compile.
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import mlx.core as mx
 import pytest
@@ -57,14 +58,17 @@ needs_compiler = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Call:
-    """One executed kernel call."""
+    """One kernel call."""
 
     launch: source.Launch
-    traffic: dict[str, Traffic] = field(default_factory=dict)  # by array, in mode "traced"
+    traffic: dict[str, Traffic]  # by array, in mode "traced"
+    copied: int = 0  # bytes that MLX reads and writes before, to make inputs contiguous
 
     def bytes(self) -> int:
         """Return the bytes read, written and copied, over all arrays."""
-        return sum(t.bytes for t in self.traffic.values())
+        if not self.traffic:
+            raise RuntimeError('traffic is counted in mode "traced"')
+        return sum(t.bytes for t in self.traffic.values()) + self.copied
 
 
 @contextmanager
@@ -116,13 +120,16 @@ def _call(calls, real, name, input_names, output_names, body, how, *, inputs, **
     arrays = [a if isinstance(a, mx.array) else mx.array(a) for a in inputs]
     mx.eval(arrays)
     launch = source.trace(name, body, real, arrays, keywords)
-    outputs = zip(keywords["output_shapes"], keywords["output_dtypes"], strict=True)
-    results, traffic = execute.run(
+    outputs = list(zip(keywords["output_shapes"], keywords["output_dtypes"], strict=True))
+    if how["mode"] == "captured":
+        calls.append(Call(launch, {}))
+        return [mx.zeros(*o) for o in outputs]
+    results, *costs = execute.run(
         launch,
         dict(zip(input_names, arrays, strict=True)),
-        {n: (tuple(s), d) for n, (s, d) in zip(output_names, outputs, strict=True)},
+        dict(zip(output_names, outputs, strict=True)),
         init_value=keywords.get("init_value"),
         **how,
     )
-    calls.append(Call(launch, traffic))
+    calls.append(Call(launch, *costs))
     return results

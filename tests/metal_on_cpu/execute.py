@@ -53,8 +53,7 @@ class Traffic:
     """Memory one array cost: bytes, 128-byte lines touched, and the fewest lines those bytes fill.
 
     Lanes of a simdgroup that run one instruction together make one access, in which a line or an
-    address counts once; nothing is cached between accesses. The bytes `copied` are what MLX reads
-    and writes before the dispatch to make an input contiguous.
+    address counts once; nothing is cached between accesses.
     """
 
     read: int = 0
@@ -63,11 +62,10 @@ class Traffic:
     written: int = 0
     written_lines: int = 0
     written_least_lines: int = 0
-    copied: int = 0
 
     @property
     def bytes(self) -> int:
-        return self.read + self.written + self.copied
+        return self.read + self.written
 
 
 @functools.cache
@@ -142,8 +140,10 @@ def run(
     mode: str = "plain",
     order: str = "ascending",
     seed: int = 0,
-) -> tuple[list[mx.array], dict[str, Traffic]]:
-    """Run a launch and return its outputs, and in mode "traced" what each array cost.
+) -> tuple[list[mx.array], dict[str, Traffic], int]:
+    """Run a launch and return its outputs, in mode "traced" what each array cost, and bytes copied.
+
+    Those are what MLX reads and writes before the dispatch to make inputs contiguous.
 
     Raises:
         KernelFault: whatever the machine or a sanitizer finds.
@@ -166,7 +166,7 @@ def run(
         figures = struct.iter_unpack("<6Q", answer[: 48 * len(buffers)])
         answer = answer[48 * len(buffers) :]
         traffic = {
-            name: Traffic(*f, copied=copied.get(name, 0))
+            name: Traffic(*f)
             for name, f in zip(buffers, figures, strict=True)
             if name in inputs or name in outputs
         }
@@ -176,7 +176,7 @@ def run(
         flat = np.frombuffer(answer[:size], _numpy_type(dtype)).reshape(shape)
         answer = answer[size:]
         arrays.append(mx.array(flat).view(dtype) if dtype == mx.bfloat16 else mx.array(flat))
-    return arrays, traffic
+    return arrays, traffic, copied
 
 
 def _numpy_type(dtype: mx.Dtype) -> np.dtype:
@@ -185,14 +185,14 @@ def _numpy_type(dtype: mx.Dtype) -> np.dtype:
     return np.dtype("uint16" if name == "bfloat16" else name.rstrip("_"))
 
 
-def _buffers(launch, inputs, outputs, row_contiguous, init_value) -> tuple[dict[str, bytes], dict]:
+def _buffers(launch, inputs, outputs, row_contiguous, init_value) -> tuple[dict[str, bytes], int]:
     """Return the buffers in the order of the kernel's arguments, and bytes MLX copies before."""
-    made, copied, lying = {}, {}, {}
+    made, lying, copied = {}, {}, 0
     for name, a in inputs.items():
         lies_in_rows = memoryview(a).c_contiguous
         lying[name] = _Lying.rows(a) if row_contiguous or lies_in_rows else _Lying.strided(a)
         if row_contiguous and not lies_in_rows:
-            copied[name] = 2 * a.nbytes  # read and written once
+            copied += 2 * a.nbytes
     for argument in launch.arguments:
         name = argument.name
         if argument.is_attribute:

@@ -36,7 +36,7 @@ _WORDS = {
 }
 _SPACES = r"\b(?:device|constant|threadgroup|thread)\b"
 _POINTER = re.compile(
-    r"(?:const\s+)?[A-Za-z_][\w:]*(?:\s*<[^<>]*>)?(?:\s+const)?\s*[*&]+\s*\w+\s*(?:=|$)"
+    r"(?:const\s+)?[A-Za-z_][\w:]*(?:\s*<[^<>]*>)?(?:\s+const)?\s*[*&]+\s*\w+\s*(?:=(?!=)|$)"
 )
 _LITERAL = re.compile(r"(?<![\w.])(?:(?:\d+\.\d*|\.\d+)(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+)(?![\w.])")
 _FUNCTION = re.compile(r"\b(\w+)\s*\([^;{}()]*\)\s*(?:const\s*)?\{")
@@ -62,10 +62,9 @@ def read(text: str) -> list[str]:
         note(m.start(), f"{m[0]} has no suffix: a double in C++, a float in Metal")
     for m in re.finditer(r"\(\s*\*\s*\w+\s*\)\s*\(", text):
         note(m.start(), "Metal has no function pointers")
-    for m in re.finditer(r"[^;{}()]+", text):
-        statement = m[0].strip()
-        if _POINTER.match(statement) and not re.search(_SPACES, statement):
-            note(m.end() - len(m[0].lstrip()), "a pointer or reference without an address space")
+    for m in re.finditer(r"(?:^|(?<=[;{}]))\s*([^;{}()]+)", text):
+        if _POINTER.match(m[1]) and not re.search(_SPACES, m[1]):
+            note(m.start(1), "a pointer or reference without an address space")
     for m in _FUNCTION.finditer(text):
         if m[1] in ("if", "for", "while", "switch"):
             continue

@@ -1,9 +1,14 @@
 """The rules of Metal that C++ has not, each broken by a line of text."""
 
+from importlib.resources import files
+
 import mlx.core as mx
 import pytest
 
-from metal_on_cpu import rules, source
+from metal_on_cpu import executed, rules
+from mlx_mcsd import kernels
+
+KERNELS = sorted(p for p in files("mlx_mcsd.metal").iterdir() if p.suffix == ".metal")
 
 BROKEN = {
     "double": ("double s = x[0]; y[0] = s;", "no double"),
@@ -57,13 +62,34 @@ def test_reading_accepts_metal():
     ],
 )
 def test_clang_finds(text, message, dtype):
-    kernel = mx.fast.metal_kernel(name="sample", input_names=["x"], output_names=["y"], source=text)
-    keywords = {
-        "template": [("T", dtype)],
-        "grid": (1, 1, 1),
-        "threadgroup": (1, 1, 1),
-        "output_shapes": [(4,)],
-        "output_dtypes": [mx.float32],
-    }
-    said = rules.check(source.trace("sample", text, kernel, [mx.zeros(70, dtype)], keywords))
+    with executed(mode="captured") as calls:
+        kernel = mx.fast.metal_kernel(
+            name="sample", input_names=["x"], output_names=["y"], source=text
+        )
+        kernel(
+            inputs=[mx.zeros(70, dtype)],
+            template=[("T", dtype)],
+            grid=(1, 1, 1),
+            threadgroup=(1, 1, 1),
+            output_shapes=[(4,)],
+            output_dtypes=[mx.float32],
+        )
+    said = rules.check(calls[0].launch)
     assert message in said if message else said == "", said
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.stem)
+def test_our_kernels_read_as_metal(path):
+    assert rules.read(path.read_text()) == []
+
+
+@rules.needs_clang
+@pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
+def test_our_kernels_pass_clang(dtype):
+    x, flag = mx.zeros((2, 99, 3, 20), dtype), mx.ones((2, 99)) > 0
+    with executed(mode="captured") as calls:
+        for flags in ((None, None), (flag, None), (None, flag), (flag, flag)):
+            kernels.decay_scan(x, (0.5, 0.9, 0.99), None, *flags)
+            kernels.decay_scan_grad(x, (0.5, 0.9, 0.99), None, *flags, dtype=dtype)
+    assert {c.launch.name.removeprefix("mlx_mcsd_") for c in calls} == {p.stem for p in KERNELS}
+    assert [rules.check(c.launch) for c in calls] == [""] * len(calls)

@@ -1,5 +1,7 @@
 """The runner itself, on small kernels, most of them with a fault."""
 
+import shutil
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -20,6 +22,11 @@ BARRIER
 y[i] = shared[(t + 1) % threads_per_threadgroup.x];
 """
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+
+
+def line(n):
+    """Where a traced fault is said to be; macOS has no addr2line."""
+    return rf"sample\.metal:{n}: " if shutil.which("addr2line") else r"\?: "
 
 
 def launch(body, x=X, y=None, *, strided=False, grid=None, **options):
@@ -154,14 +161,15 @@ def test_strides_are_mlx_s(mode):
     x = mx.random.normal((6, 22), key=mx.random.key(1)).T[20:1:-2, :5]
     y, call = launch(STRIDED, x, strided=True, grid=(5, 10, 1), mode=mode)
     assert mx.array_equal(y, x)
-    assert call.bytes() == (2 * x.nbytes if mode == "traced" else 0)
+    assert call.copied == 0
+    assert mode == "plain" or call.bytes() == 2 * x.nbytes
 
 
 def test_a_copy_that_mlx_makes_is_counted():
     x = mx.random.normal((5, 10), key=mx.random.key(1)).T
     y, call = launch(STRIDED, x, grid=(5, 10, 1), mode="traced")
     assert mx.array_equal(y, x)
-    assert (call.traffic["x"].copied, call.bytes()) == (2 * x.nbytes, 4 * x.nbytes)
+    assert (call.copied, call.bytes()) == (2 * x.nbytes, 4 * x.nbytes)
 
 
 def test_what_lies_between_strided_elements_is_out_of_bounds():
@@ -178,9 +186,9 @@ PAST = "uint i = thread_position_in_grid.x; y[i + 1] = x[i];"
 def test_a_write_past_the_end_is_caught():
     with pytest.raises(KernelFault, match="writes outside the 70 items of y"):
         launch(PAST)
-    with pytest.raises(KernelFault, match=r"sample\.metal:1: writes y\[70\], which has 70 items"):
+    with pytest.raises(KernelFault, match=rf"{line(1)}writes y\[70\], which has 70 items"):
         launch(PAST, mode="traced")
-    with pytest.raises(KernelFault, match=r"metal:1: AddressSanitizer: heap-buffer-overflow"):
+    with pytest.raises(KernelFault, match=r"AddressSanitizer: heap-buffer-overflow"):
         launch(PAST, mode="sanitized")
 
 
@@ -193,12 +201,12 @@ def test_a_read_before_the_start_is_caught():
 
 def test_undefined_behaviour_is_caught():
     body = "float v[4]; int i = thread_position_in_grid.x; v[i % 5] = x[i]; y[i] = v[i % 5];"
-    with pytest.raises(KernelFault, match=r"sample\.metal:1: runtime error: index 4 out of bounds"):
+    with pytest.raises(KernelFault, match=r"runtime error: index 4 out of bounds"):
         launch(body, mode="sanitized")
 
 
 def test_a_wild_store_ends_the_kernel_alone():
-    with pytest.raises(KernelFault, match="ended with signal 11"):
+    with pytest.raises(KernelFault, match="ended with signal"):
         launch("y[1l << 40] = x[0];")
 
 

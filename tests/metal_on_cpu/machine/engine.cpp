@@ -16,6 +16,7 @@
 #include "fiber.h"
 
 Machine machine;
+const Trace* trace = nullptr;
 static Machine& m = machine;
 enum Order : unsigned { ASCENDING, DESCENDING, RANDOM };
 static unsigned order;
@@ -90,7 +91,7 @@ void* machine_threadgroup(int id, const char* name, size_t size, size_t item) {
     fault("threadgroup memory over %u bytes: %zu with %s", MAX_SHARED, m.shared_size, name);
   m.shared.push_back({id, name, item, size, (unsigned char*)malloc(size)});
   memset(m.shared.back().data, POISON, size);
-  if (trace_shared) trace_shared(m.shared.back());
+  if (trace) trace->threadgroup_memory(m.shared.back());
   return m.shared.back().data;
 }
 
@@ -204,7 +205,7 @@ static void dispatch(const unsigned* grid, const unsigned* asked) {
       l.stack_pointer = fiber_prepare(l.stack, m.stack_size, (void (*)(void*))live, &l);
     }
     run_threadgroup();
-    if (trace_threadgroup_ends) trace_threadgroup_ends();
+    if (trace) trace->threadgroup_ends();
     for (Shared& s : m.shared) free(s.data);
     m.shared.clear(), m.shared_size = 0;
   }
@@ -258,10 +259,10 @@ int main() {
   order = unsigned(number());
   randomness = 0x9E3779B97F4A7C15ull * (number() + 1) + 1;
   for (uint64_t n = number(); n; n--) make_buffer();
-  if (trace_start) trace_start();
+  if (trace) trace->start();
   dispatch(grid, threads);
   for (const Buffer& b : m.buffers) check_buffer(b);
-  if (trace_report) trace_report(stdout);
+  if (trace) trace->report(stdout);
   for (const Buffer& b : m.buffers)
     if (b.kind != INPUT) fwrite(b.data, 1, b.size, stdout);
   fflush(stdout);

@@ -65,8 +65,11 @@ extern Machine machine;
 // One line on standard error, and the end.
 [[noreturn]] void fault(const char* format, ...);
 
-// trace.cpp, linked in traced builds only.
-void trace_start() __attribute__((weak));
-void trace_shared(const Shared&) __attribute__((weak));
-void trace_threadgroup_ends() __attribute__((weak));
-void trace_report(FILE*) __attribute__((weak));
+// What trace.cpp, linked in traced builds only, puts here before main.
+struct Trace {
+  void (*start)();
+  void (*threadgroup_memory)(const Shared&);
+  void (*threadgroup_ends)();
+  void (*report)(FILE*);
+};
+extern const Trace* trace;

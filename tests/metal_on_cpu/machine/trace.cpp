@@ -7,6 +7,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <cstring>
 #include <unordered_map>
 
 #include "engine.h"
@@ -105,7 +106,7 @@ static void count(Region& r, uint64_t address, unsigned size, bool write, void* 
   w.address[w.count++] = address, w.size = size, w.region = &r, w.write = write;
 }
 
-void trace_threadgroup_ends() {
+static void threadgroup_ends() {
   constexpr uint64_t LINE = 128;
   for (auto& entry : wides) {
     Wide& w = entry.second;
@@ -125,7 +126,7 @@ void trace_threadgroup_ends() {
 }
 
 // ---- the start and the end
-void trace_start() {
+static void start() {
   regions.reserve(m.buffers.size() + 512);  // Wide keeps pointers
   for (const Buffer& b : m.buffers) {
     regions.push_back({b.name, b.data, b.block, b.data + b.size + GUARD, b.item, b.size,
@@ -136,13 +137,13 @@ void trace_start() {
   buffers = regions.size();
 }
 
-void trace_shared(const Shared& s) {
+static void threadgroup_memory(const Shared& s) {
   if (regions.size() == regions.capacity()) fault("too many threadgroup declarations");
   regions.push_back({s.name, s.data, s.data, s.data + s.size, s.item, s.size, false,
                      ORDERS_THREADGROUP, nullptr, std::vector<Item>(s.size / s.item), {}});
 }
 
-void trace_report(FILE* out) {
+static void report(FILE* out) {
   for (const Region& r : regions) {
     size_t missing = 0;
     for (const Item& i : r.items) missing += !i.written;
@@ -150,6 +151,9 @@ void trace_report(FILE* out) {
   }
   for (const Region& r : regions) fwrite(r.traffic, 1, sizeof r.traffic, out);
 }
+
+static const Trace hooks = {start, threadgroup_memory, threadgroup_ends, report};
+static const bool hooked = (trace = &hooks, true);
 
 // ---- the compiler's calls
 static void access(void* address, size_t size, bool write, void* pc) {
@@ -181,6 +185,10 @@ extern "C" {
 SIZE(1) SIZE(2) SIZE(4) SIZE(8) SIZE(16)
 void __tsan_read_range(void* p, size_t n) { access(p, n, false, PC); }
 void __tsan_write_range(void* p, size_t n) { access(p, n, true, PC); }
+void* __tsan_memcpy(void* to, const void* from, size_t n) {
+  access((void*)from, n, false, PC), access(to, n, true, PC);
+  return memcpy(to, from, n);
+}
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
