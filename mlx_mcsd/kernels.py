@@ -25,6 +25,8 @@ LANES = 32  # of a simdgroup
 FULL_GRID = 16_384  # threads below which a GPU starves: time is then split into segments
 SEGMENTS = 16  # at most, one simdgroup each: 512 threads a threadgroup
 SEGMENT_TOKENS = 32  # at least, or combining the segments costs more than they save
+STEP_FEATURES = 4  # of a lane, for one channel of one token: enough to outweigh its constants
+STEP_SIMDGROUPS = 16  # at most, for the same
 DISPATCH_TOKENS = 32_768  # at most, so that no dispatch comes near the GPU's watchdog
 
 
@@ -100,6 +102,84 @@ def decay_scan_grad(
     return dx.astype(dtype), dh0
 
 
+def mcsd_step(
+    U: mx.array,
+    V: mx.array,
+    E: mx.array,
+    F: mx.array,
+    A: mx.array,
+    H: mx.array,
+    count: mx.array,
+    gain: mx.array,
+    *,
+    beta: tuple[float, ...],
+    alpha: tuple[float, ...],
+    eps: float,
+    concat: bool = False,
+    mask: mx.array | None = None,
+    reset: mx.array | None = None,
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Read one token in a slope and a decay section: gates, norm, fusion and the new state.
+
+    One dispatch does what lies between the projections and the next product; for inference, since
+    it has no gradient. See :mod:`mlx_mcsd.mixers.mcsd` for the symbols.
+
+    Args:
+        U: (B, 1, C, Dc), any dtype of DTYPES and any strides; V, E and F likewise.
+        V: the slope's history.
+        E: the decay's history.
+        F: the decay's current token.
+        A: (B, C, Dc) float32, the slope state.
+        H: (B, C, Dc) float32, the decay state.
+        count: (B,) int32, tokens read before.
+        gain: (D,), the norm's.
+        beta: C slopes.
+        alpha: C decays.
+        eps: the norm's.
+        concat: theta holds both sections side by side, rather than their sum.
+        mask: (B, 1) bool, False where no token exists.
+        reset: (B, 1) bool, True where a document begins; void where masked.
+
+    Returns:
+        theta (B, 1, D) or (B, 1, 2D) in U's dtype, and the new A, H and count.
+
+    Raises:
+        MCSDError: if a shape or a dtype is unfit.
+    """
+    for x, state in ((V, A), (E, H)):
+        check_scan(x, alpha, state, mask, reset)
+    B, N, C, Dc = U.shape
+    if N != 1:
+        raise MCSDError(f"[mcsd_step] U must hold one token, (B, 1, C, Dc), but got {U.shape}.")
+    W = min(-(-Dc // (LANES * STEP_FEATURES)), STEP_SIMDGROUPS)
+    theta, A, H, count = kernel("mcsd_step")(
+        inputs=[
+            U,
+            V,
+            E,
+            F,
+            A,
+            H,
+            count,
+            gain,
+            _rates(beta, alpha, eps),
+            *_flags(mask, reset),
+        ],
+        template=[
+            ("T", U.dtype),
+            ("W", W),
+            ("PER_LANE", -(-Dc // (LANES * W))),
+            ("CONCAT", concat),
+            *_presence(mask, reset),
+        ],
+        grid=(LANES * W, C, B),
+        threadgroup=(LANES * W, 1, 1),
+        output_shapes=[(B, 1, C * Dc * (2 if concat else 1)), A.shape, H.shape, count.shape],
+        output_dtypes=[U.dtype, mx.float32, mx.float32, mx.int32],
+    )
+    return theta, A, H, count
+
+
 def _in_pieces(scan, x, state, mask, reset, backwards=False) -> tuple[mx.array, mx.array]:
     """Run a scan over at most DISPATCH_TOKENS at a time, the state going from piece to piece."""
     if x.dtype not in DTYPES:
@@ -160,6 +240,10 @@ def _only_exports(x: mx.array) -> bool:
 SIGNATURES = {
     "decay_scan": (["x", "decay", "h0", "mask", "reset"], ["h", "last"]),
     "decay_scan_grad": (["dh", "decay", "dlast", "mask", "reset"], ["dx", "dh0"]),
+    "mcsd_step": (
+        [*"UVEFAH", "count", "gain", "rates", "mask", "reset"],
+        ["theta", "A_next", "H_next", "count_next"],
+    ),
 }
 
 
@@ -181,15 +265,9 @@ def _launch(name, types, lam, x, state, mask, reset) -> tuple[mx.array, mx.array
     """Dispatch a scan kernel over x (B, N, C, Dc), with the types its template names, if any."""
     B, N, C, Dc = x.shape
     S = segments(B, N, C * Dc)
-    flags = [_absent() if m is None else m for m in (mask, reset)]
     out, state = kernel(name)(
-        inputs=[x, _decay(lam), state, *flags],
-        template=[
-            *types,
-            ("S", S),
-            ("HAS_MASK", mask is not None),
-            ("HAS_RESET", reset is not None),
-        ],
+        inputs=[x, _decay(lam), state, *_flags(mask, reset)],
+        template=[*types, ("S", S), *_presence(mask, reset)],
         grid=(-(-C * Dc // LANES) * LANES, S, B),
         threadgroup=(LANES, S, 1),
         output_shapes=[x.shape, state.shape],
@@ -209,12 +287,34 @@ def segments(B: int, N: int, D: int) -> int:
 @lru_cache(maxsize=64)
 def _decay(lam: tuple[float, ...]) -> mx.array:
     """Lambda as a pair of floats, and log2(lambda): (3, C) float32, computed in float64."""
-    exact = np.array(lam, np.float64)
+    return mx.array(np.stack([*_pair(lam), np.log2(lam)]).astype(np.float32))
+
+
+@lru_cache(maxsize=64)
+def _rates(beta: tuple[float, ...], alpha: tuple[float, ...], eps: float) -> mx.array:
+    """A channel's constants in mcsd_step.metal, (C, 7) float32."""
+    beta = np.array(beta, np.float64)
+    rates = [*_pair(np.exp(-beta)), *_pair(alpha), beta, np.expm1(beta), np.full_like(beta, eps)]
+    return mx.array(np.stack(rates, axis=1).astype(np.float32))
+
+
+def _pair(values) -> tuple[np.ndarray, np.ndarray]:
+    """Return float64 values rounded to float32, and what that lost."""
+    exact = np.array(values, np.float64)
     rounded = exact.astype(np.float32)
-    return mx.array(np.stack([rounded, exact - rounded, np.log2(exact)]).astype(np.float32))
+    return rounded, exact - rounded
+
+
+def _flags(mask, reset) -> list[mx.array]:
+    """The mask and the reset, or what a kernel is given for one it will not read."""
+    return [_absent() if m is None else m for m in (mask, reset)]
+
+
+def _presence(mask, reset) -> list[tuple[str, bool]]:
+    """Which of them there are, for the template."""
+    return [("HAS_MASK", mask is not None), ("HAS_RESET", reset is not None)]
 
 
 @cache
 def _absent() -> mx.array:
-    """What a kernel is given for a mask it will not read."""
     return mx.array([[False]])

@@ -176,6 +176,15 @@ def test_complaints():
         kernels.decay_scan(mx.zeros((2, 4, 3, 5), mx.float64), LAM)
 
 
+@pytest.mark.parametrize("N, dtype", [(2, mx.float32), (1, mx.float16)])
+def test_step_complaints(N, dtype):
+    """One token, and a float32 state."""
+    x, state = mx.zeros((2, N, 3, 5)), mx.zeros((2, 3, 5), dtype)
+    count, gain = mx.zeros(2, mx.int32), mx.ones(15)
+    with pytest.raises(MCSDError, match="one token" if N > 1 else "a state is never cast"):
+        kernels.mcsd_step(*[x] * 4, state, state, count, gain, beta=(1.0,) * 3, alpha=LAM, eps=1e-6)
+
+
 # --- on a Mac ----------------------------------------------------------------------------------
 
 

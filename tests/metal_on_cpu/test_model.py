@@ -15,7 +15,7 @@ def test_prefill_and_decode(fusion, N=70):
     config, tensors = random_checkpoint(
         np.random.default_rng(0), fusion=fusion, output_projection=fusion == "concat"
     )
-    model = mlx_model(config, tensors)
+    model = mlx_model(config, tensors).eval()
     tokens = mx.array(random_tokens(0, 2, N + 3))
 
     def read():
@@ -28,6 +28,8 @@ def test_prefill_and_decode(fusion, N=70):
 
     with executed() as calls:
         got = read()
-    assert [c.launch.name for c in calls] == ["mlx_mcsd_decay_scan"] * len(model.layers) * 2
+    L = len(model.layers)
+    want = ["mlx_mcsd_decay_scan"] * 2 * L + ["mlx_mcsd_mcsd_step"] * 3 * L
+    assert [c.launch.name for c in calls] == want
     for g, w in zip(got, read(), strict=True):
         assert relative_error(np.array(g), np.array(w)) <= 1e-5
