@@ -17,6 +17,7 @@ compiled as C++ through `shim/`, is what runs.
     machine/     threads as fibers, barriers, simdgroup functions; the trace of memory accesses
     execute.py   compile and run, in a process of its own
     rules.py     what a C++ compiler lets pass and Metal does not
+    mutations.py bugs planted in our kernels, and what catches each
 
 **Modes.** "plain" compares guard zones round every buffer afterwards. "sanitized" adds the address
 and undefined-behaviour sanitizers. "traced" sees each access: reads and writes outside a buffer or
@@ -37,7 +38,7 @@ threadgroups; atomics, textures and simdgroup matrices do not compile.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -73,11 +74,16 @@ class Call:
 
 @contextmanager
 def executed(
-    *, mode: str = "plain", order: str = "ascending", seed: int = 0
+    *,
+    mode: str = "plain",
+    order: str = "ascending",
+    seed: int = 0,
+    edit: Callable[[str, str], str] = lambda name, body: body,
 ) -> Iterator[list[Call]]:
     """Execute, rather than dispatch, every `mx.fast.metal_kernel` built inside the context.
 
-    Those of `mlx_mcsd.kernels` are built anew, and its dispatcher chooses them as on a GPU.
+    Those of `mlx_mcsd.kernels` are built anew, and its dispatcher chooses them as on a GPU. What
+    `edit` makes of a kernel's name and body is run in its stead.
 
     Yields:
         The calls, as they are made.
@@ -88,6 +94,7 @@ def executed(
     def metal_kernel(
         name, input_names, output_names, source, header="", ensure_row_contiguous=True, **options
     ):
+        source = edit(name, source)
         real = build(
             name, input_names, output_names, source, header, ensure_row_contiguous, **options
         )
