@@ -27,6 +27,7 @@ SEGMENTS = 16  # at most, one simdgroup each: 512 threads a threadgroup
 SEGMENT_TOKENS = 32  # at least, or combining the segments costs more than they save
 STEP_FEATURES = 4  # of a lane, for one channel of one token: enough to outweigh its constants
 STEP_SIMDGROUPS = 16  # at most, for the same
+MIX_TOKENS = 16  # that a simdgroup takes in turn, its share of the gain held in registers
 DISPATCH_TOKENS = 32_768  # at most, so that no dispatch comes near the GPU's watchdog
 
 
@@ -180,6 +181,76 @@ def mcsd_step(
     return theta, A, H, count
 
 
+def mcsd_mix(
+    U: mx.array,
+    V: mx.array,
+    E: mx.array,
+    F: mx.array,
+    A: mx.array,
+    H: mx.array,
+    n: mx.array,
+    gain: mx.array,
+    *,
+    beta: tuple[float, ...],
+    eps: float,
+    concat: bool = False,
+) -> mx.array:
+    """Make theta of a slope and a decay section and their states: weights, gates, norm, fusion.
+
+    Args:
+        U: (B, N, C, Dc), any dtype of DTYPES and any strides; V, E and F likewise.
+        V: the slope's history, read at a row's first token.
+        E: the decay's history, read at a row's first token.
+        F: the decay's current token.
+        A: (B, N, C, Dc) float32, the slope state before each token.
+        H: (B, N, C, Dc) float32, the decay state before each token.
+        n: (B, N) int32, tokens read before each.
+        gain: (D,), the norm's.
+        beta: C slopes.
+        eps: the norm's.
+        concat: theta holds both sections side by side, rather than their sum.
+
+    Returns:
+        (B, N, D) or (B, N, 2D) in U's dtype. Differentiable in U, V, E, F, A, H and gain.
+    """
+    B, N, C, Dc = U.shape
+    blocks = -(-N // MIX_TOKENS)
+    launch_options = dict(
+        template=[
+            ("T", U.dtype),
+            ("TOKENS", MIX_TOKENS),
+            ("PER_LANE", -(-Dc // LANES)),
+            ("CONCAT", concat),
+        ],
+        grid=(LANES, C, B * blocks),
+        threadgroup=(LANES, 1, 1),
+    )
+    rates = _gate_rates(beta, eps)
+
+    def mix(*inputs):
+        (theta,) = kernel("mcsd_mix")(
+            inputs=[*inputs, rates],
+            output_shapes=[(B, N, C * Dc * (2 if concat else 1))],
+            output_dtypes=[U.dtype],
+            **launch_options,
+        )
+        return theta
+
+    def mix_vjp(primals, dtheta, _):
+        n, gain = primals[6:]
+        *grads, dgain = kernel("mcsd_mix_grad")(
+            inputs=[dtheta, *primals, rates],
+            output_shapes=[U.shape] * 6 + [(B * blocks, C * Dc)],
+            output_dtypes=[U.dtype] * 4 + [mx.float32] * 3,
+            **launch_options,
+        )
+        return *grads, n, dgain.sum(axis=0).astype(gain.dtype)
+
+    if U.size == 0:
+        return mx.zeros((B, N, C * Dc * (2 if concat else 1)), U.dtype)
+    return _differentiable(mix, mix_vjp)(U, V, E, F, A, H, n, gain)
+
+
 def _in_pieces(scan, x, state, mask, reset, backwards=False) -> tuple[mx.array, mx.array]:
     """Run a scan over at most DISPATCH_TOKENS at a time, the state going from piece to piece."""
     if x.dtype not in DTYPES:
@@ -198,27 +269,35 @@ def _in_pieces(scan, x, state, mask, reset, backwards=False) -> tuple[mx.array, 
 
 
 def _scan(lam, x, h0, mask, reset) -> tuple[mx.array, mx.array]:
-    """One piece of the scan, with its gradient; one that is to be exported goes without."""
+    """One piece of the scan, with its gradient."""
 
     def launch(x, h0, mask, reset):
         return _launch("decay_scan", [], lam, x, h0, mask, reset)
 
-    if _only_exports(x):
-        return launch(x, h0, mask, reset)
-    scan = mx.custom_function(launch)
-
-    @scan.vjp
-    def scan_vjp(primals, cotangents, _):
+    def vjp(primals, cotangents, _):
         x, _, mask, reset = primals
         dx, dh0 = _scan_grad(lam, x.dtype, *cotangents, mask, reset)
         return dx, dh0, mask, reset  # the last two stand where there is no gradient
 
-    return scan(x, h0, mask, reset)
+    return _differentiable(launch, vjp)(x, h0, mask, reset)
 
 
 def _scan_grad(lam, dtype, dh, dlast, mask, reset) -> tuple[mx.array, mx.array]:
     """One piece of the adjoint."""
     return _launch("decay_scan_grad", [("T", dtype)], lam, dh, dlast, mask, reset)
+
+
+def _differentiable(launch, vjp):
+    """Join a kernel and its gradient, unless the graph is to be exported."""
+
+    def run(*arrays):
+        if _only_exports(arrays[0]):
+            return launch(*arrays)
+        function = mx.custom_function(launch)
+        function.vjp(vjp)
+        return function(*arrays)
+
+    return run
 
 
 def _only_exports(x: mx.array) -> bool:
@@ -240,6 +319,11 @@ def _only_exports(x: mx.array) -> bool:
 SIGNATURES = {
     "decay_scan": (["x", "decay", "h0", "mask", "reset"], ["h", "last"]),
     "decay_scan_grad": (["dh", "decay", "dlast", "mask", "reset"], ["dx", "dh0"]),
+    "mcsd_mix": ([*"UVEFAH", "n", "gain", "rates"], ["theta"]),
+    "mcsd_mix_grad": (
+        ["dtheta", *"UVEFAH", "n", "gain", "rates"],
+        ["dU", "dV", "dE", "dF", "dA", "dH", "dgain"],
+    ),
     "mcsd_step": (
         [*"UVEFAH", "count", "gain", "rates", "mask", "reset"],
         ["theta", "A_next", "H_next", "count_next"],
@@ -295,6 +379,14 @@ def _rates(beta: tuple[float, ...], alpha: tuple[float, ...], eps: float) -> mx.
     """A channel's constants in mcsd_step.metal, (C, 7) float32."""
     beta = np.array(beta, np.float64)
     rates = [*_pair(np.exp(-beta)), *_pair(alpha), beta, np.expm1(beta), np.full_like(beta, eps)]
+    return mx.array(np.stack(rates, axis=1).astype(np.float32))
+
+
+@lru_cache(maxsize=64)
+def _gate_rates(beta: tuple[float, ...], eps: float) -> mx.array:
+    """A channel's constants in mcsd_mix.metal, (C, 3) float32."""
+    beta = np.array(beta, np.float64)
+    rates = [beta, np.expm1(beta), np.full_like(beta, eps)]
     return mx.array(np.stack(rates, axis=1).astype(np.float32))
 
 

@@ -119,7 +119,7 @@ class MCSD(Mixer):
         self.channelwise = args.projection == "channel"
         self.concat = args.fusion == "concat"
         self._slots = _slots(args.sections)
-        self._has_step_kernel = args.sections == ["slope", "decay"]
+        self._has_kernels = args.sections == ["slope", "decay"]
         self._lam = {"slope": tuple(math.exp(-b) for b in slopes(C)), "decay": decays(C)}
         self._beta = mx.array(slopes(C))[:, None]  # (C, 1)
 
@@ -167,8 +167,8 @@ class MCSD(Mixer):
         B, N, _ = x.shape
         *past, count = self.init_state(B) if state is None else state
         projected = self._project(x)
-        if N == 1 and self._has_step_kernel and not self.training and kernels.available(x.dtype):
-            theta, *state = self._step(projected, past, count, mask, reset)
+        if self._has_kernels and kernels.available(x.dtype):
+            theta, state = self._by_kernels(projected, past, count, mask, reset)
             return self._output(theta.astype(x.dtype)), state
         n, count = count_tokens(count, N, mask, reset)
         n = n[..., None, None]  # (B, N, 1, 1)
@@ -187,24 +187,23 @@ class MCSD(Mixer):
         theta = mx.concatenate(outputs, axis=-1) if self.concat else sum(outputs[1:], outputs[0])
         return self._output(theta.reshape(B, N, -1).astype(x.dtype)), [*past, count]
 
+    def _by_kernels(self, projected, past, count, mask, reset) -> tuple[mx.array, State]:
+        """Return theta (B, N, D or 2D) and the new state of a slope and a decay section."""
+        tokens = U, V, E, _ = [projected[p] for p in "uvef"]
+        gain = self.decay_norm.weight
+        options = dict(beta=slopes(self.C), eps=self.decay_norm.eps, concat=self.concat)
+        if U.shape[1] == 1 and not self.training:  # the step has no gradient
+            theta, *state = kernels.mcsd_step(
+                *tokens, *past, count, gain, alpha=decays(self.C), mask=mask, reset=reset, **options
+            )
+            return theta, state
+        n, count = count_tokens(count, U.shape[1], mask, reset)
+        A, past[0] = scan(V, self._lam["slope"], past[0], mask, reset)
+        H, past[1] = scan(E, self._lam["decay"], past[1], mask, reset)
+        return kernels.mcsd_mix(*tokens, A, H, n, gain, **options), [*past, count]
+
     def _output(self, theta: mx.array) -> mx.array:
         return self.o_proj(theta) if "o_proj" in self else theta
-
-    def _step(self, projected, past, count, mask, reset) -> tuple[mx.array, ...]:
-        """Return theta (B, 1, D or 2D) and the new state, all from one kernel."""
-        norm = self.decay_norm
-        return kernels.mcsd_step(
-            *(projected[p] for p in "uvef"),
-            *past,
-            count,
-            norm.weight,
-            beta=slopes(self.C),
-            alpha=decays(self.C),
-            eps=norm.eps,
-            concat=self.concat,
-            mask=mask,
-            reset=reset,
-        )
 
     def _project(self, x: mx.array) -> dict[str, mx.array]:
         """Return U, V, E, F (Eqs. 1, 7), each (B, N, C, Dc), by their lower-case names."""
