@@ -101,8 +101,8 @@ def clang() -> str | None:
 needs_clang = pytest.mark.skipif(clang() is None, reason="no clang >= 14 with C++ for OpenCL")
 
 
-def check(launch: Launch) -> str:
-    """Return what clang has against a launch's text; empty if nothing."""
+def check(*launches: Launch) -> str:
+    """Return what clang has against the launches' texts; empty if nothing."""
     # An explicit instantiation in the form of C++, so that the template's body is checked.
-    text = re.sub(INSTANTIATION, "template", numbered(launch), flags=re.S)
-    return _compile(clang(), store_threadgroup(text)).stderr
+    texts = [re.sub(INSTANTIATION, "template", numbered(x), flags=re.S) for x in launches]
+    return _compile(clang(), "\n".join(map(store_threadgroup, texts))).stderr

@@ -3,10 +3,13 @@
 from importlib.resources import files
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 import pytest
 
 from metal_on_cpu import executed, rules
-from mlx_mcsd import kernels
+from models import mlx_model
+from oracle import random_checkpoint
 
 KERNELS = sorted(p for p in files("mlx_mcsd.metal").iterdir() if p.suffix == ".metal")
 
@@ -84,12 +87,28 @@ def test_our_kernels_read_as_metal(path):
 
 
 @rules.needs_clang
-@pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
-def test_our_kernels_pass_clang(dtype):
-    x, flag = mx.zeros((2, 99, 3, 20), dtype), mx.ones((2, 99)) > 0
+@pytest.mark.parametrize(
+    "dtype, fusion",
+    [(mx.float32, "add"), (mx.float32, "concat"), (mx.float16, "concat"), (mx.bfloat16, "add")],
+    ids=str,
+)
+def test_our_kernels_pass_clang(dtype, fusion):
+    """All that a model launches: prefill, gradients, a token; with and without flags."""
+    config, tensors = random_checkpoint(
+        np.random.default_rng(0), fusion=fusion, output_projection=fusion == "concat"
+    )
+    model = mlx_model(config, tensors)
+    model.set_dtype(dtype)
+    some = mx.arange(2 * 99).reshape(2, 99) % 5 > 0
+
     with executed(mode="captured") as calls:
-        for flags in ((None, None), (flag, None), (None, flag), (flag, flag)):
-            kernels.decay_scan(x, (0.5, 0.9, 0.99), None, *flags)
-            kernels.decay_scan_grad(x, (0.5, 0.9, 0.99), None, *flags, dtype=dtype)
-    assert {c.launch.name.removeprefix("mlx_mcsd_") for c in calls} == {p.stem for p in KERNELS}
-    assert [rules.check(c.launch) for c in calls] == [""] * len(calls)
+        for mask, reset in ((None, None), (some, None), (None, some), (some, some)):
+            tokens = mx.zeros((2, 99), mx.int32)
+            loss = nn.value_and_grad(model, lambda model, *a: model(*a).sum())
+            loss(model.train(), tokens, None, None, mask, reset)
+            one = [None if v is None else v[:, :1] for v in (mask, reset)]
+            model.eval()(tokens[:, :1], model.make_cache(), None, *one)
+    launches = {c.launch.text: c.launch for c in calls}.values()
+    names = {launch.name.removeprefix("mlx_mcsd_") for launch in launches}
+    assert names == {p.stem for p in KERNELS}
+    assert rules.check(*launches) == ""

@@ -185,9 +185,17 @@ extern "C" {
 SIZE(1) SIZE(2) SIZE(4) SIZE(8) SIZE(16)
 void __tsan_read_range(void* p, size_t n) { access(p, n, false, PC); }
 void __tsan_write_range(void* p, size_t n) { access(p, n, true, PC); }
+void* __tsan_memmove(void* to, const void* from, size_t n) {  // the next three by clang
+  access((void*)from, n, false, PC), access(to, n, true, PC);
+  return memmove(to, from, n);
+}
 void* __tsan_memcpy(void* to, const void* from, size_t n) {
   access((void*)from, n, false, PC), access(to, n, true, PC);
   return memcpy(to, from, n);
+}
+void* __tsan_memset(void* to, int value, size_t n) {
+  access(to, n, true, PC);
+  return memset(to, value, n);
 }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}

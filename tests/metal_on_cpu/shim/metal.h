@@ -236,9 +236,6 @@ struct os_log {  // named by MLX's headers
 };
 }  // namespace metal
 
-constexpr half operator""h(long double v) { return half(float(v)); }
-constexpr bfloat operator""bf(long double v) { return bfloat(float(v)); }
-
 // Last, so that no system header sees these names.
 #define device
 #define constant
