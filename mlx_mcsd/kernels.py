@@ -1,6 +1,6 @@
-"""The Metal kernels of the recurrence: the bodies in metal/, built once, with their gradients.
+"""The Metal kernels: the bodies in metal/, built once, called, and differentiated.
 
-A function here has the signature of the plain form it stands for, and gives what that gives. Only
+A function here gives what the operations give that run where no GPU is, to rounding. Only
 :func:`available` asks for a GPU, so a graph with kernels in it can be made and exported anywhere.
 
 Letters: B batch, N tokens, C channels, Dc features per channel, D = C Dc, S segments of time.
@@ -153,19 +153,9 @@ def mcsd_step(
     if N != 1:
         raise MCSDError(f"[mcsd_step] U must hold one token, (B, 1, C, Dc), but got {U.shape}.")
     W = min(-(-Dc // (LANES * STEP_FEATURES)), STEP_SIMDGROUPS)
+    rates = _rates(beta, alpha, eps)
     theta, A, H, count = kernel("mcsd_step")(
-        inputs=[
-            U,
-            V,
-            E,
-            F,
-            A,
-            H,
-            count,
-            gain,
-            _rates(beta, alpha, eps),
-            *_flags(mask, reset),
-        ],
+        inputs=[U, V, E, F, A, H, count, gain, rates, *_flags(mask, reset)],
         template=[
             ("T", U.dtype),
             ("W", W),
@@ -214,14 +204,13 @@ def mcsd_mix(
         (B, N, D) or (B, N, 2D) in U's dtype. Differentiable in U, V, E, F, A, H and gain.
     """
     B, N, C, Dc = U.shape
+    shape = (B, N, C * Dc * (2 if concat else 1))
+    if U.size == 0:
+        return mx.zeros(shape, U.dtype)
     blocks = -(-N // MIX_TOKENS)
-    launch_options = dict(
-        template=[
-            ("T", U.dtype),
-            ("TOKENS", MIX_TOKENS),
-            ("PER_LANE", -(-Dc // LANES)),
-            ("CONCAT", concat),
-        ],
+    sizes = [("TOKENS", MIX_TOKENS), ("PER_LANE", -(-Dc // LANES))]
+    options = dict(
+        template=[("T", U.dtype), *sizes, ("CONCAT", concat)],
         grid=(LANES, C, B * blocks),
         threadgroup=(LANES, 1, 1),
     )
@@ -230,9 +219,9 @@ def mcsd_mix(
     def mix(*inputs):
         (theta,) = kernel("mcsd_mix")(
             inputs=[*inputs, rates],
-            output_shapes=[(B, N, C * Dc * (2 if concat else 1))],
+            output_shapes=[shape],
             output_dtypes=[U.dtype],
-            **launch_options,
+            **options,
         )
         return theta
 
@@ -242,12 +231,10 @@ def mcsd_mix(
             inputs=[dtheta, *primals, rates],
             output_shapes=[U.shape] * 6 + [(B * blocks, C * Dc)],
             output_dtypes=[U.dtype] * 4 + [mx.float32] * 3,
-            **launch_options,
+            **options,
         )
         return *grads, n, dgain.sum(axis=0).astype(gain.dtype)
 
-    if U.size == 0:
-        return mx.zeros((B, N, C * Dc * (2 if concat else 1)), U.dtype)
     return _differentiable(mix, mix_vjp)(U, V, E, F, A, H, n, gain)
 
 
