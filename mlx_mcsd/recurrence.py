@@ -3,8 +3,8 @@
     h_{n+1} = lambda (h_n + x_n)                                     h_0 given, lambda per channel
 
 The outputs are *exclusive*: at token n the reader gets h_n, what the tokens before n left behind.
-Two forms compute it, `step` for one token and `chunked` for many, and `scan` picks one. They share
-one signature:
+Two plain forms compute it, `step` for one token and `chunked` for many, and on a GPU the kernel
+`kernels.decay_scan` does what `chunked` does; `scan` picks one. They share one signature:
 
     x       (B, N, C, Dc)   any float dtype
     lam     C floats        strictly between 0 and 1
@@ -25,6 +25,8 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
+from . import kernels
+from .arguments import check_scan
 from .errors import MCSDError
 
 CHUNK = 64  # T
@@ -42,7 +44,10 @@ def scan(
     Raises:
         MCSDError: if a shape, a dtype or a decay is unfit.
     """
-    form = step if x.ndim == 4 and x.shape[1] == 1 else chunked
+    if x.ndim == 4 and x.shape[1] == 1:
+        form = step
+    else:
+        form = kernels.decay_scan if kernels.available(x.dtype) else chunked
     return form(x, lam, h0, mask, reset)
 
 
@@ -58,7 +63,7 @@ def step(
     Raises:
         MCSDError: if a shape, a dtype or a decay is unfit.
     """
-    lam, h0 = _check(x, lam, h0, mask, reset)
+    lam, h0 = check_scan(x, lam, h0, mask, reset)
     if x.shape[1] != 1:
         raise MCSDError(f"[step] x must hold one token, (B, 1, C, Dc), but got {x.shape}.")
     h = h0
@@ -90,7 +95,7 @@ def chunked(
     Raises:
         MCSDError: if a shape, a dtype or a decay is unfit.
     """
-    lam, h0 = _check(x, lam, h0, mask, reset)
+    lam, h0 = check_scan(x, lam, h0, mask, reset)
     B, N = x.shape[:2]
     x = x.astype(mx.float32)
     if N == 0:
@@ -202,33 +207,3 @@ def _powers(lam: tuple[float, ...], stride: int, lag: int) -> tuple[mx.array, mx
 def _column(lam: tuple[float, ...]) -> mx.array:
     """The decays as (C, 1) float32."""
     return mx.array(np.array(lam, np.float32)[:, None])
-
-
-@lru_cache(maxsize=64)
-def _check_decays(lam: tuple[float, ...]) -> None:
-    for v in lam:
-        if not 0.0 < v < 1.0:
-            raise MCSDError(f"[scan] every decay must lie strictly between 0 and 1 but got {v}.")
-
-
-def _check(x, lam, h0, mask, reset) -> tuple[tuple[float, ...], mx.array]:
-    """Check the arguments; return lam as a tuple of floats and h0 as an array."""
-    if x.ndim != 4 or not mx.issubdtype(x.dtype, mx.floating):
-        raise MCSDError(f"[scan] x must be float (B, N, C, Dc) but got {x.dtype} {x.shape}.")
-    B, N, C, Dc = x.shape
-    if not isinstance(lam, tuple):
-        lam = tuple(float(v) for v in lam)
-    if len(lam) != C:
-        raise MCSDError(f"[scan] lam must hold one decay per channel, {C}, but got {len(lam)}.")
-    _check_decays(lam)
-    if h0 is None:
-        h0 = mx.zeros((B, C, Dc), mx.float32)
-    elif h0.dtype != mx.float32 or h0.shape != (B, C, Dc):
-        raise MCSDError(
-            f"[scan] h0 must be float32 {(B, C, Dc)} but got {h0.dtype} {h0.shape}; "
-            "a state is never cast."
-        )
-    for name, m in (("mask", mask), ("reset", reset)):
-        if m is not None and (m.dtype != mx.bool_ or m.shape != (B, N)):
-            raise MCSDError(f"[scan] {name} must be bool {(B, N)} but got {m.dtype} {m.shape}.")
-    return lam, h0

@@ -18,22 +18,26 @@ so that both sections run ``h <- lambda (h + x)`` and Z is divided out on readin
 """
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchLinear
 
+from .. import kernels
 from ..config import ModelArgs
 from ..recurrence import count_tokens, scan
 from .base import Mixer, State, register
 
 
+@cache
 def slopes(C: int) -> tuple[float, ...]:
     """Return beta_i = 2^(-8 (i+1) / C), i = 0..C-1, in float64 (Eq. 2)."""
     return tuple(2.0 ** (-8 * (i + 1) / C) for i in range(C))
 
 
+@cache
 def decays(C: int) -> tuple[float, ...]:
     """Return alpha_i = 1 - 2^(-5-i), i = 0..C-1, in float64 (Eq. 8)."""
     return tuple(1.0 - 2.0 ** (-5 - i) for i in range(C))
@@ -115,6 +119,7 @@ class MCSD(Mixer):
         self.channelwise = args.projection == "channel"
         self.concat = args.fusion == "concat"
         self._slots = _slots(args.sections)
+        self._has_kernels = args.sections == ["slope", "decay"]
         self._lam = {"slope": tuple(math.exp(-b) for b in slopes(C)), "decay": decays(C)}
         self._beta = mx.array(slopes(C))[:, None]  # (C, 1)
 
@@ -161,9 +166,12 @@ class MCSD(Mixer):
         """
         B, N, _ = x.shape
         *past, count = self.init_state(B) if state is None else state
+        projected = self._project(x)
+        if self._has_kernels and kernels.available(x.dtype):
+            theta, state = self._by_kernels(projected, past, count, mask, reset)
+            return self._output(theta.astype(x.dtype)), state
         n, count = count_tokens(count, N, mask, reset)
         n = n[..., None, None]  # (B, N, 1, 1)
-        projected = self._project(x)
 
         outputs = []
         for i, slot in enumerate(self._slots):
@@ -177,8 +185,25 @@ class MCSD(Mixer):
 
         # theta (B, N, C, Dc), or (B, N, C, 2 Dc) with each channel's sections side by side
         theta = mx.concatenate(outputs, axis=-1) if self.concat else sum(outputs[1:], outputs[0])
-        theta = theta.reshape(B, N, -1).astype(x.dtype)
-        return self.o_proj(theta) if "o_proj" in self else theta, [*past, count]
+        return self._output(theta.reshape(B, N, -1).astype(x.dtype)), [*past, count]
+
+    def _by_kernels(self, projected, past, count, mask, reset) -> tuple[mx.array, State]:
+        """Return theta (B, N, D or 2D) and the new state of a slope and a decay section."""
+        tokens = U, V, E, _ = [projected[p] for p in "uvef"]
+        gain = self.decay_norm.weight
+        options = dict(beta=slopes(self.C), eps=self.decay_norm.eps, concat=self.concat)
+        if U.shape[1] == 1 and not self.training:  # the step has no gradient
+            theta, *state = kernels.mcsd_step(
+                *tokens, *past, count, gain, alpha=decays(self.C), mask=mask, reset=reset, **options
+            )
+            return theta, state
+        n, count = count_tokens(count, U.shape[1], mask, reset)
+        A, past[0] = scan(V, self._lam["slope"], past[0], mask, reset)
+        H, past[1] = scan(E, self._lam["decay"], past[1], mask, reset)
+        return kernels.mcsd_mix(*tokens, A, H, n, gain, **options), [*past, count]
+
+    def _output(self, theta: mx.array) -> mx.array:
+        return self.o_proj(theta) if "o_proj" in self else theta
 
     def _project(self, x: mx.array) -> dict[str, mx.array]:
         """Return U, V, E, F (Eqs. 1, 7), each (B, N, C, Dc), by their lower-case names."""

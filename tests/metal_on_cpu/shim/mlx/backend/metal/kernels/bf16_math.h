@@ -1,0 +1,2 @@
+// In place of MLX's: the math functions of metal.h take bfloat already.
+#pragma once

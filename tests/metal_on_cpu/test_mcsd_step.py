@@ -1,0 +1,176 @@
+"""mcsd_step, executed: against the block in float64, and a mixer that decodes through it."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from metal_on_cpu import executed, needs_compiler
+from mlx_mcsd import kernels
+from mlx_mcsd.config import ModelArgs
+from mlx_mcsd.mixers.mcsd import MCSD, decays, slopes
+from oracle import relative_error
+
+pytestmark = needs_compiler
+
+EPS = 1e-6
+COUNTS = np.array([0, 1, 5000], np.int32)  # the first token, the second, and far on
+
+
+def inputs(C, Dc, B=3):
+    """Return U, V, E, F, then A, H, count, gain: a state that begins where count is 0."""
+    rng = np.random.default_rng(Dc)
+    tokens = [rng.standard_normal((B, 1, C, Dc)).astype(np.float32) for _ in "UVEF"]
+    count = np.resize(COUNTS, B)
+    begun = (count > 0)[:, None, None]
+    states = [begun * rng.standard_normal((B, C, Dc)).astype(np.float32) for _ in "AH"]
+    return tokens, states, count, rng.uniform(0.5, 2, C * Dc).astype(np.float32)
+
+
+def block(tokens, states, count, gain, concat=False, mask=None, reset=None):
+    """The same in NumPy float64, Eqs. 3-20 for one token: theta, A, H, count."""
+    U, V, E, F = (t[:, 0].astype(np.float64) for t in tokens)  # (B, C, Dc)
+    B, C, Dc = U.shape
+    m = np.ones((B, 1), bool) if mask is None else mask
+    r = m & reset if reset is not None else ~m & m
+    A, H = (np.where(r[..., None], 0, s.astype(np.float64)) for s in states)
+    n = np.where(r[:, 0], 0, count)
+    beta, alpha = np.array(slopes(C))[:, None], np.array(decays(C))[:, None]
+    Z = np.expm1(-np.maximum(n, 1)[:, None, None] * beta) / np.expm1(-beta)
+    first = (n == 0)[:, None, None]
+    V_past, E_past = np.where(first, V, A / (np.exp(-beta) * Z)), np.where(first, E, H)
+    slope = U * V_past / (1 + np.exp(-V_past))
+    norm = np.sqrt((E_past**2).mean(axis=-1, keepdims=True) + EPS)
+    decay = E_past / norm * gain.reshape(C, Dc) / (1 + np.exp(-F))
+    theta = np.concatenate([slope, decay], axis=-1) if concat else slope + decay
+    exists = m[..., None]
+    A, H = np.where(exists, np.exp(-beta) * (A + V), A), np.where(exists, alpha * (H + E), H)
+    return theta.reshape(B, 1, -1), A, H, n + m[:, 0]
+
+
+def step(tokens, states, count, gain, concat=False, mask=None, reset=None):
+    C = tokens[0].shape[2]
+    return kernels.mcsd_step(
+        *map(mx.array, (*tokens, *states, count, gain)),
+        beta=slopes(C), alpha=decays(C), eps=EPS, concat=concat,
+        mask=None if mask is None else mx.array(mask),
+        reset=None if reset is None else mx.array(reset),
+    )  # fmt: skip
+
+
+def check(got, want, rows=slice(None), tolerance=2e-6):
+    """States of every row; theta of those whose token exists."""
+    assert relative_error(np.array(got[0])[rows], want[0][rows]) <= tolerance
+    for g, w in zip(got[1:3], want[1:3], strict=True):
+        assert g.dtype == mx.float32
+        assert relative_error(np.array(g), w) <= tolerance
+    assert got[3].dtype == mx.int32
+    assert np.array_equal(got[3], want[3])
+
+
+@pytest.mark.parametrize("concat", [False, True], ids=["add", "concat"])
+@pytest.mark.parametrize("C, Dc", [(1, 1), (3, 20), (3, 60), (10, 64), (2, 600)])
+def test_values(C, Dc, concat):
+    args = inputs(C, Dc)
+    with executed(order="random", seed=Dc):
+        check(step(*args, concat), block(*args, concat))
+
+
+@pytest.mark.parametrize("flags", ["mask", "reset", "both"])
+def test_masks_and_resets(flags):
+    """With NaN in the token that does not exist, whose reset is void."""
+    tokens, *rest = inputs(3, 60, B=6)
+    mask = np.array([[True], [True], [True], [False], [False], [True]])
+    reset = np.array([[False], [True], [True], [False], [True], [False]])
+    mask, reset = (mask if flags != "reset" else None), (reset if flags != "mask" else None)
+    want = block(tokens, *rest, mask=mask, reset=reset)
+    rows = slice(None)
+    if mask is not None:
+        rows = mask[:, 0]
+        for t in tokens:
+            t[~rows] = np.nan
+    with executed():
+        got = step(tokens, *rest, mask=mask, reset=reset)
+    check(got, want, rows)
+    if mask is not None:
+        for g, before in zip(got[1:3], rest[0], strict=True):
+            assert np.array_equal(np.array(g)[~rows], before[~rows])
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_narrow_inputs(dtype):
+    """Only theta is narrowed, once; the states are as exact as in float32."""
+    tokens, *rest = inputs(3, 60)
+    tokens = [np.array(mx.array(t).astype(dtype).astype(mx.float32)) for t in tokens]
+    want = block(tokens, *rest)
+    with executed():
+        theta, *state = step([mx.array(t).astype(dtype) for t in tokens], *rest)
+    assert theta.dtype == dtype
+    ulp = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}[dtype]
+    assert relative_error(np.array(theta.astype(mx.float32)), want[0]) <= ulp
+    for g, w in zip(state[:2], want[1:3], strict=True):
+        assert relative_error(np.array(g), w) <= 2e-7
+
+
+@pytest.mark.parametrize("mode", ["sanitized", "traced"])
+def test_memory(mode):
+    """Nothing outside the arrays, nothing unwritten, no race; the same bits in any order."""
+    args = inputs(3, 60)
+    flags = dict(
+        mask=np.array([[True], [False], [True]]), reset=np.array([[True], [True], [False]])
+    )
+    results = []
+    for options in ({}, dict(mode=mode, order="random", seed=1)):
+        with executed(**options):
+            results.append(step(*args, **flags))
+    assert all(map(mx.array_equal, *results))
+
+
+@pytest.mark.parametrize("concat, least", [(False, 40), (True, 44)], ids=["add", "concat"])
+def test_traffic(concat, least):
+    """Bytes and 128-byte lines per feature against the least: each array and the gain once."""
+    args = inputs(2, 256, B=1)
+    with executed(mode="traced") as calls:
+        step(*args, concat)
+    lines = sum(t.read_lines + t.written_lines for t in calls[0].traffic.values())
+    assert calls[0].bytes() <= 1.1 * least * 2 * 256
+    assert 128 * lines <= 1.1 * least * 2 * 256
+
+
+@pytest.mark.parametrize("projection", ["dense", "channel"])
+@pytest.mark.parametrize("fusion", ["add", "concat"])
+def test_a_mixer_decodes(projection, fusion, N=5, C=3, D=60):
+    """Token by token through the kernel; nothing but the two products beside it, no copies."""
+    mx.random.seed(0)
+    args = ModelArgs(
+        model_type="mcsd", vocab_size=16, hidden_size=D, num_channels=C, num_hidden_layers=1,
+        intermediate_size=8, projection=projection, fusion=fusion,
+        output_projection=fusion == "concat",
+    )  # fmt: skip
+    mixer = MCSD(args)
+    mixer.eval()
+    x = mx.random.normal((2, N, D))
+    want, last = mixer(x)
+    state, outputs = None, []
+    with executed() as calls:
+        for n in range(N):
+            y, state = mixer(x[:, n : n + 1], state)
+            outputs.append(y)
+    assert [c.launch.name for c in calls] == ["mlx_mcsd_mcsd_step"] * N
+    assert sum(t.copied for c in calls for t in c.traffic.values()) == 0
+    assert relative_error(np.array(mx.concatenate(outputs, axis=1)), np.array(want)) <= 1e-5
+    for g, w in zip(state, last, strict=True):
+        assert relative_error(np.array(g), np.array(w)) <= 1e-5
+
+
+def test_training_stays_differentiable():
+    """The step has no gradient, so a mixer being trained reads one token as it reads many."""
+    args = ModelArgs(
+        model_type="mcsd", vocab_size=16, hidden_size=60, num_channels=3, num_hidden_layers=1,
+        intermediate_size=8,
+    )  # fmt: skip
+    mixer = MCSD(args)
+    with executed() as calls:
+        grad = mx.grad(lambda x: mixer(x)[0].sum())(mx.ones((2, 1, 60)))
+    names = [c.launch.name.removeprefix("mlx_mcsd_") for c in calls]
+    assert names == ["mcsd_mix", "mcsd_mix_grad"]
+    assert np.any(np.array(grad))
