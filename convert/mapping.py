@@ -8,7 +8,6 @@ name belongs to; how the rows are joined is said once, by each module's `fused`,
 
 import re
 
-import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_mcsd.errors import MCSDError
@@ -81,12 +80,4 @@ def fill(model, checkpoint):
             f"[convert] the converter's table of names must have {some(unnamed)} but does not; "
             "only the layout of the mixer mcsd can be converted."
         )
-    weights = checkpoint.read()
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    tied = places.get(head) == embedding
-    if tied and not mx.array_equal(weights[head], weights[embedding], equal_nan=True):
-        raise MCSDError(
-            f"[convert] {head} must equal {embedding} with tie_word_embeddings true but differs; "
-            "set it to false in config.json if the head is meant."
-        )
-    model.load_weights(list(model.sanitize(weights).items()), strict=True)
+    model.load_weights(list(model.sanitize(checkpoint.read()).items()), strict=True)
