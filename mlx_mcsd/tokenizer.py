@@ -15,6 +15,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
 from .errors import MCSDError
 
+SPECIAL = ("bos", "eos", "unk", "pad")
+
 # Newlines, runs of spaces, other scripts, the SentencePiece space mark and byte pieces as text.
 SAMPLES = (
     'Once upon a time, there was a little dog named Max.\n"Hello!" he said. It\'s fun.',
@@ -88,6 +90,10 @@ def from_sentencepiece(proto):
             "normalisation and unescaped white space; supply a tokenizer.json for any other."
         )
     ids = {piece.piece: i for i, piece in enumerate(spec.pieces)}
+    if (bos := spec.trainer_spec.bos_piece) not in ids:
+        raise MCSDError(
+            f"[tokenizer] expected a model with a piece {bos} to begin texts but got none."
+        )
     words = {p.piece for p in spec.pieces if p.type in (p.NORMAL, p.USER_DEFINED)}
     merges = []
     for piece in spec.pieces:  # in order of score, which is the order of the merges
@@ -102,7 +108,6 @@ def from_sentencepiece(proto):
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     control = [p.piece for p in spec.pieces if p.type in (p.CONTROL, p.UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(p, special=True, normalized=False) for p in control])
-    bos = trainer.bos_piece
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, ids[bos])]
     )
@@ -136,12 +141,15 @@ def save_tokenizer(directory, proto, context):
     directory = Path(directory)
     spec = sentencepiece_model_pb2.ModelProto.FromString(proto).trainer_spec
     tokenizer = from_sentencepiece(proto)
+    special = {f"{kind}_token": getattr(spec, f"{kind}_piece") for kind in SPECIAL}
     config = {
         "tokenizer_class": "TokenizersBackend",
-        "bos_token": spec.bos_piece,
-        "eos_token": spec.eos_piece,
-        "unk_token": spec.unk_piece,
-        "pad_token": spec.pad_piece,
+        # A model may do without: SentencePiece names a piece for padding but makes none by default.
+        **{
+            name: piece
+            for name, piece in special.items()
+            if tokenizer.token_to_id(piece) is not None
+        },
         "clean_up_tokenization_spaces": False,
         "model_max_length": context,
     }

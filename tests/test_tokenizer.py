@@ -90,6 +90,27 @@ def test_a_lossy_model_is_refused(escaped_proto):
         from_sentencepiece(escaped_proto)
 
 
+def rebuild(proto, drop):
+    """The same model without one of its special pieces."""
+    spec = sentencepiece_model_pb2.ModelProto.FromString(proto)
+    kept = [piece for piece in spec.pieces if piece.piece != drop]
+    del spec.pieces[:]
+    spec.pieces.extend(kept)
+    return spec.SerializeToString()
+
+
+def test_a_model_without_a_beginning_is_refused(proto):
+    with pytest.raises(MCSDError, match="a piece <s> to begin texts"):
+        from_sentencepiece(rebuild(proto, "<s>"))
+
+
+def test_a_model_without_padding_names_none(proto, tmp_path):
+    save_tokenizer(tmp_path, rebuild(proto, "<pad>"), context=512)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert "pad_token" not in config
+    assert (config["bos_token"], config["eos_token"]) == ("<s>", "</s>")
+
+
 def test_transformers_and_mlx_lm_read_it_alike(proto, tmp_path):
     save_tokenizer(tmp_path, proto, context=512)
     processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
