@@ -258,6 +258,7 @@ WORDS = {
     "buffer-overflow": "bounds",
     "out of bounds": "bounds",
     "ended with signal": "bounds",
+    "SEGV": "bounds",
     "which nothing has written": "not written",
     "never written": "not written",
     "threadgroup memory over": "32 KB",
