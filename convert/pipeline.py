@@ -131,7 +131,7 @@ def check_range(checkpoint, dtype):
             limit = mx.finfo(dtype).max
             raise MCSDError(
                 f"[convert] {name} must lie within {limit:g} for this --dtype but does not; use "
-                "bfloat16 or float32."
+                "float32."
             )
 
 
@@ -169,8 +169,7 @@ def find_tokenizer(checkpoint, scratch):
                     shutil.copyfile(directory / name, scratch / name)
             load_tokenizer(scratch)
             return scratch
-        # A KeyError is a special piece that the model names and does not have.
-        except (MCSDError, DecodeError, KeyError, OSError) as error:
+        except (MCSDError, DecodeError, OSError) as error:
             why = one_line(error).replace(str(scratch), str(directory)).rstrip(".")
             reason += f", and none can be made of its tokenizer.model: {why}"
     print(f"warning: converting without a tokenizer: {reason}.", file=sys.stderr)
