@@ -1,81 +1,112 @@
 """A checkpoint on disk: what it holds, without reading its weights or running its code."""
 
-import json
-
 import mlx.core as mx
 import numpy as np
-from safetensors import safe_open
 
 from mlx_mcsd.config import ModelArgs
-from mlx_mcsd.errors import MCSDError
-from mlx_mcsd.loading import read_config, read_headers, resolve
+from mlx_mcsd.loading import read_config, some
 
-# bfloat16 is unknown to NumPy: its bits travel as uint16.
-NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+from .locate import locate, own
+from .readers.files import refuse, shown
+from .readers.safetensors_file import SafetensorsFile
+from .readers.torch_file import TorchFile
+from .readers.unwrap import unwrap
 
 
 class Checkpoint:
-    """`config.json` and safetensors weights, one file or shards with an index.
+    """The weights of a model, and its `config.json`: safetensors or what `torch.save` wrote.
 
-    Opening reads the headers only.
+    Opening reads headers and indexes only.
 
     Args:
-        path: a directory, or a hub id.
+        path: a directory, a hub id, or a file of weights (.safetensors, .pt, .pth, .bin).
 
     Attributes:
         directory: where it lies.
-        config: the content of `config.json`.
-        args: the same, checked.
-        tensors: name -> (safetensors type, shape) of every tensor.
+        config: the content of `config.json`, or None where there is none.
+        files: the files the weights are read from.
+        tensors: name -> (type, shape) of every tensor of the model. Types are those of
+            safetensors ("F32", "BF16", ...); names are without what trainers wrap around them
+            (`state_dict`, `module.`, `_orig_mod.`).
+        ignored: name -> reason, of everything else that lies in the files.
 
     Raises:
-        MCSDError: a file that is missing, truncated or not what its name says, a config of no
-            MCSD model, a shard of the index that is not there, or weights already quantized.
+        MCSDError: a file that is missing, truncated, malformed or more than data, or weights
+            already quantized.
     """
 
     def __init__(self, path):
-        self.directory = resolve(path)
-        self.config = read_config(self.directory)
-        self.args = ModelArgs.from_dict(self.config)
-        self.tensors = read_headers(self.directory)
-        if "quantization" in self.config or any(name.endswith(".scales") for name in self.tensors):
-            raise MCSDError(
-                f"[convert] {path} must hold float weights but is quantized; it runs as it is, and "
+        self.directory, self.files, listed = locate(path)
+        for name in ("config.json", "generation_config.json"):
+            own(self.directory, name)
+        has_config = (self.directory / "config.json").exists()
+        self.config = read_config(self.directory) if has_config else None
+        self.tensors, self.ignored, self._homes = {}, {}, {}
+        for file in self.files:
+            reader = (SafetensorsFile if file.suffix == ".safetensors" else TorchFile)(file)
+            if listed is not None:
+                check_listed(file, {".".join(p) for p in reader.tensors}, listed[file.name])
+            names, beside = unwrap(reader.tensors, shown(file, 300))
+            for key, name in names.items():
+                if name in self.tensors:
+                    refuse(f"{name} of {file} is stored twice; remove the stale file.")
+                self.tensors[name] = reader.tensors[key]
+                self._homes[name] = (reader, key)
+            self.ignored |= {".".join(key): reason for key, reason in beside.items()}
+            self.ignored |= {".".join(key): f"no tensor: {k}" for key, k in reader.others.items()}
+        quantized = self.config is not None and "quantization" in self.config
+        if quantized or any(name.endswith(".scales") for name in self.tensors):
+            refuse(
+                f"{path} must hold float weights but is quantized; it runs as it is, and "
                 "`mlx_lm.convert --dequantize` gives floats again."
             )
+        if not self.tensors:
+            refuse(f"{shown(path, 300)} must hold tensors but has none.")
 
-    def read(self):
-        """Return every tensor by name, read from disk when it is evaluated; float64 as float32."""
-        arrays = {}
-        for file in sorted(self.directory.glob("model*.safetensors")):
-            with safe_open(file, "numpy") as tensors:
-                kinds = {self.tensors[name][0] for name in tensors.keys()}  # noqa: SIM118
-            # MLX refuses a whole file for one float64 tensor.
-            arrays |= read_at_offsets(file) if "F64" in kinds else mx.load(str(file))
-        return arrays
+    @property
+    def args(self):
+        """The config, checked."""
+        if self.config is None:
+            refuse(f"config.json is missing in {self.directory}.")
+        return ModelArgs.from_dict(self.config)
 
+    def load(self, name):
+        """Read one tensor, now; float64 as float32.
 
-def read_at_offsets(file):
-    """Return every float tensor of a valid safetensors file, read now; float64 as float32."""
-    with open(file, "rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-    header.pop("__metadata__", None)
-    arrays = {}
-    for name, info in header.items():
-        start, stop = info["data_offsets"]
-        dtype = np.dtype(NUMPY_DTYPES[info["dtype"]])
-        count = (stop - start) // dtype.itemsize
-        values = np.fromfile(file, dtype, count, offset=8 + size + start).reshape(info["shape"])
-        if info["dtype"] == "BF16":
-            arrays[name] = mx.array(values).view(mx.bfloat16)
-        else:
+        Args:
+            name: one of `tensors`.
+
+        Returns:
+            An `mx.array` of the shape in `tensors`.
+
+        Raises:
+            MCSDError: float64 beyond float32, or a type that MLX does not have.
+        """
+        reader, path = self._homes[name]
+        kind, _ = self.tensors[name]
+        values = reader.read(path)
+        if kind == "BF16":
+            return mx.array(values).view(mx.bfloat16)
+        if kind.startswith("F8"):
+            refuse(f"{name} must be of a type that MLX has but is {kind}.")
+        if kind == "F64":
             try:
                 with np.errstate(over="raise"):
-                    narrow = values.astype(np.float32) if dtype == np.float64 else values
+                    values = values.astype(np.float32)
             except FloatingPointError:
-                raise MCSDError(
-                    f"[convert] {name} must fit float32 but holds larger numbers."
-                ) from None
-            arrays[name] = mx.array(narrow)
-    return arrays
+                refuse(f"{name} must fit float32 but holds larger numbers.")
+        return mx.array(values)
+
+    def read(self):
+        """Return every tensor by name."""
+        return {name: self.load(name) for name in self.tensors}
+
+
+def check_listed(file, found, listed):
+    """Refuse a shard that holds other tensors than its index says."""
+    if missing := sorted(listed - found):
+        refuse(f"{file} must hold {some(missing)}, says its index, but does not.")
+    if unlisted := sorted(found - listed):
+        refuse(
+            f"{file} holds {some(unlisted)}, which its index does not know; remove the stale file."
+        )
