@@ -17,9 +17,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 __version__ = "0.1.0"
-__all__ = ["Model", "ModelArgs", "__version__", "load"]
+__all__ = ["Model", "ModelArgs", "State", "__version__", "load"]
 
-_HOME = {"load": ".loading", "Model": ".model", "ModelArgs": ".config"}
+_HOME = {"load": ".loading", "Model": ".model", "ModelArgs": ".config", "State": ".state"}
 
 
 def __getattr__(name: str):

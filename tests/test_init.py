@@ -9,7 +9,7 @@ REPORT = """
 import json, os, sys
 import mlx_mcsd
 light = "mlx.core" not in sys.modules
-names = [mlx_mcsd.load.__name__, mlx_mcsd.Model.__name__, mlx_mcsd.ModelArgs.__name__]
+names = [mlx_mcsd.load.__name__, mlx_mcsd.Model.__name__, mlx_mcsd.ModelArgs.__name__, mlx_mcsd.State.__name__]
 tf32 = os.environ["MLX_ENABLE_TF32"]
 print(json.dumps({"light": light, "names": names, "tf32": tf32}))
 """
@@ -29,7 +29,11 @@ def report(**environment):
 
 
 def test_import_is_light_exports_resolve_and_float32_stays_float32():
-    assert report() == {"light": True, "names": ["load", "Model", "ModelArgs"], "tf32": "0"}
+    assert report() == {
+        "light": True,
+        "names": ["load", "Model", "ModelArgs", "State"],
+        "tf32": "0",
+    }
 
 
 def test_a_user_who_wants_tf32_keeps_it():

@@ -1,0 +1,28 @@
+"""Files that are whole or not there."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from .errors import MCSDError
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write a file so that at every moment the old one or the new one is there, whole.
+
+    Raises:
+        MCSDError: naming the path and why the system refuses; what was there is left as it was.
+    """
+    target = Path(os.path.realpath(path))  # replacing a link would leave its target behind
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except OSError as error:
+        raise MCSDError(f"cannot write {path}: {error.strerror}.") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
