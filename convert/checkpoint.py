@@ -6,7 +6,7 @@ import numpy as np
 from mlx_mcsd.config import ModelArgs
 from mlx_mcsd.loading import read_config, some
 
-from .locate import locate, own
+from .locate import locate
 from .readers.files import refuse, shown
 from .readers.safetensors_file import SafetensorsFile
 from .readers.torch_file import TorchFile
@@ -37,8 +37,6 @@ class Checkpoint:
 
     def __init__(self, path):
         self.directory, self.files, listed = locate(path)
-        for name in ("config.json", "generation_config.json"):
-            own(self.directory, name)
         has_config = (self.directory / "config.json").exists()
         self.config = read_config(self.directory) if has_config else None
         self.tensors, self.ignored, self._homes = {}, {}, {}
@@ -53,7 +51,8 @@ class Checkpoint:
                 self.tensors[name] = reader.tensors[key]
                 self._homes[name] = (reader, key)
             self.ignored |= {".".join(key): reason for key, reason in beside.items()}
-            self.ignored |= {".".join(key): f"no tensor: {k}" for key, k in reader.others.items()}
+            for key, kind in reader.others.items():
+                self.ignored[shown(".".join(key))] = f"no tensor: {kind}"
         quantized = self.config is not None and "quantization" in self.config
         if quantized or any(name.endswith(".scales") for name in self.tensors):
             refuse(
@@ -107,6 +106,4 @@ def check_listed(file, found, listed):
     if missing := sorted(listed - found):
         refuse(f"{file} must hold {some(missing)}, says its index, but does not.")
     if unlisted := sorted(found - listed):
-        refuse(
-            f"{file} holds {some(unlisted)}, which its index does not know; remove the stale file."
-        )
+        refuse(f"{file} holds {some(unlisted)}, which its index does not list; write it anew.")

@@ -1,4 +1,4 @@
-"""Where the files of a checkpoint are: a directory, a hub id or one file, and what an index says."""
+"""Where the files of a checkpoint are: in a directory, at a hub id, as its index says, or alone."""
 
 import os.path
 import re
@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from mlx_mcsd.loading import one_line, read_json, resolve, some
 
-from .readers.files import refuse, shown, size_of
+from .readers.files import check_name, refuse, shown, size_of
 
 # Names and index, in the order of preference.
 LAYOUTS = (
@@ -17,6 +17,24 @@ LAYOUTS = (
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
 )
 BARE = (".safetensors", ".bin", ".pt", ".pth")
+# Read or copied by whoever converts the checkpoint.
+SIDECARS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "LICENSE",
+    "README.md",
+)
+MAX_SIDECAR = 2**26
 # What trainers leave beside a model that is not the model.
 NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\..*")
 SHARD = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})(\.[a-z]+)")
@@ -39,8 +57,10 @@ def locate(path):
     name = str(path)
     if os.path.exists(name) and not os.path.isdir(name):
         size_of(name)
+        check_sidecars(Path(name).parent)
         return Path(name).parent, [Path(name)], None
     directory = resolve(path)
+    check_sidecars(directory)
     if not os.path.isdir(name) and not weights_in(directory)[0]:
         try:
             snapshot_download(name, allow_patterns=["pytorch_model*.bin*"])
@@ -98,6 +118,7 @@ def read_index(directory, index):
                 f"{index} must name files in its own directory but places {shown(name)} in "
                 f"{shown(repr(file))}."
             )
+        check_name(name, directory / index)
         listed.setdefault(file, set()).add(name)
     return listed
 
@@ -112,8 +133,16 @@ def wanted_shards(names):
     return wanted
 
 
+def check_sidecars(directory):
+    """Refuse a small file that is none, or too large for one, whoever will open it."""
+    for name in SIDECARS:
+        file = own(directory, name)
+        if file.exists() and (size := file.stat().st_size) > MAX_SIDECAR:
+            refuse(f"{shown(file, 300)} must have at most {MAX_SIDECAR} bytes but has {size}.")
+
+
 def own(directory, name):
-    """Return the path of a file that a directory holds, if it does.
+    """Return the path of a file that a directory holds, whether or not it is there.
 
     A link out of the directory is refused, for nobody asked for what it leads to; the hub's cache
     links to its own blobs.
@@ -121,9 +150,9 @@ def own(directory, name):
     file = Path(directory) / name
     if not os.path.lexists(file):
         return file
-    real = file.resolve()
-    blobs = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
-    if not blobs and real.parent != Path(directory).resolve():
+    real = Path(os.path.realpath(file))
+    blob = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    if not blob and real.parent != Path(os.path.realpath(directory)):
         refuse(f"{shown(file, 300)} must lie in its directory but is a link out of it; copy it.")
     size_of(file)
     return file

@@ -7,6 +7,7 @@ and sizes of the weight files, every tensor's name and shape, the tokenizer.
 import json
 import os.path
 import re
+import stat
 from importlib.resources import files
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from .model import Model
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DOWNLOADED = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja", "*.txt", "LICENSE*"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+# Larger than any tokenizer, and than what JSON values of a few bytes each may make of it.
+MAX_JSON, MAX_VALUES = 2**26, 4_000_000
 STORED = {"F32", "F16", "BF16"}
 
 
@@ -184,9 +187,17 @@ def read_config(directory: Path) -> dict:
 
 
 def read_json(file: Path) -> dict:
-    """The JSON object in ``file``."""
+    """The JSON object in ``file``: a regular file, of a size that will not fill the memory."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON:
+            _fail(f"{file} must be a file of at most {MAX_JSON} bytes but is not.")
+        text = file.read_text(encoding="utf-8")
+        if sum(map(text.count, ",[{")) > MAX_VALUES:
+            _fail(f"{file} must hold at most {MAX_VALUES} values but holds more.")
+        content = json.loads(text)
+    except MCSDError:
+        raise
     except FileNotFoundError:
         _fail(f"{file.name} is missing in {file.parent}.")
     except (OSError, ValueError, RecursionError) as error:

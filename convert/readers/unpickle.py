@@ -43,13 +43,17 @@ class Table:
     pairs: list = field(default_factory=list)
 
 
+class Malformed(ValueError):
+    """What a constructor cannot make anything of."""
+
+
 class Unpickler:
     """Reads one or more pickles that follow each other.
 
     Args:
         data: the bytes.
-        constructors: (module, name) -> function of the arguments, or None for a name that may
-            only be mentioned.
+        constructors: (module, name) -> function of the arguments, which may raise `Malformed`, or
+            None for a name that may only be mentioned.
         persistent: function of a persistent id, which stands for data outside the pickle.
         where: what the file is called in messages.
     """
@@ -180,7 +184,10 @@ class Unpickler:
         constructor = self.constructors[name.module, name.name]
         if constructor is None:
             refuse(f"{self.where} must be a file of tensors alone but calls {name}.")
-        self.push(constructor(*arguments))
+        try:
+            self.push(constructor(*arguments))
+        except Malformed as error:
+            refuse(f"{self.where} must describe tensors as torch does but {error}.")
 
     def build(self):
         """Drop the attributes of a table, such as the versions that state_dict() leaves there."""

@@ -44,7 +44,8 @@ def unwrap(paths, where):
     for path, name in names.items():
         if name in seen:
             refuse(
-                f"{where} must hold {name} once but has {'.'.join(seen[name])} and {'.'.join(path)}."
+                f"{where} must hold {name} once but has {'.'.join(seen[name])} and "
+                f"{'.'.join(path)}."
             )
         seen[name] = path
     return names, beside
