@@ -151,8 +151,8 @@ def test_tokenizer_from_sentencepiece(tmp_path, target, capsys):
 @pytest.mark.parametrize(
     "proto, reason",
     [
-        (lambda: b"junk", "Error parsing message"),
-        (lambda: b"", "expected a SentencePiece BPE model"),
+        (lambda: b"junk", "must be a SentencePiece model"),
+        (lambda: b"", "must be a SentencePiece model"),
         (
             lambda: train_sentencepiece([TEXT] * 3, 280),
             "vocabulary is smaller than the tokenizer's",
