@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from .config import ModelArgs
 from .errors import MCSDError
 from .model import Model
+from .text import Detokenizer
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DOWNLOADED = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja", "*.txt", "LICENSE*"]
@@ -142,6 +143,8 @@ def load_tokenizer(directory: str | Path, tokenizer_config: dict | None = None) 
             {**(tokenizer_config or {}), "trust_remote_code": False},
             eos_token_ids=config.get("eos_token_id"),
         )
+        # mlx-lm's own for byte pieces repeats text, and nothing but this names another.
+        tokenizer._detokenizer = Detokenizer(tokenizer._tokenizer)
         tokenizer.encode("a")  # some settings are read only here
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         _fail(f"{problem}: {type(error).__name__}: {one_line(error)}", error)
