@@ -8,12 +8,14 @@ No positional encoding: the mixers carry order. Letters: B batch, N tokens, D hi
 width, K vocabulary.
 """
 
+import math
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_ssm_mask
 from mlx_lm.models.cache import ArraysCache
 
-from . import mixers
+from . import mixers, sharding
 from .config import ModelArgs
 from .errors import MCSDError
 
@@ -31,13 +33,31 @@ class MLP(nn.Module):
         super().__init__()
         D, F = args.hidden_size, args.intermediate_size
         self.hidden_act = args.hidden_act  # a name: mlx-lm copies models, and functions cannot be
+        self.F = F
         self.gate_up_proj = nn.Linear(D, 2 * F, bias=False)
         self.down_proj = nn.Linear(F, D, bias=False)
+        self.sharding_group = None
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, N, D) -> (B, N, D)."""
+        if self.sharding_group is not None:
+            x = sharding.sum_gradients(self.sharding_group)(x)
         gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)  # (B, N, F) each
-        return self.down_proj(ACTIVATIONS[self.hidden_act](gate) * up)
+        y = self.down_proj(ACTIVATIONS[self.hidden_act](gate) * up)
+        if self.sharding_group is not None:
+            y = mx.distributed.all_sum(y, group=self.sharding_group)
+        return y
+
+    def shard(self, group: mx.distributed.Group) -> None:
+        """Keep this rank's share of the F features: rows of gate and up, columns of down."""
+        F, ranks = self.F, group.size()
+        unit = sharding.group_size(self.down_proj)
+        if unit == 1 and 64 * ranks <= F:
+            unit = math.gcd(F, 64)  # whole tiles for the GPU
+        start, stop = sharding.shares("intermediate_size", F, ranks, unit)[group.rank()]
+        sharding.take(self.gate_up_proj, -2, 2 * F, (start, stop), (F + start, F + stop))
+        sharding.take(self.down_proj, -1, F, (start, stop))
+        self.sharding_group = group
 
 
 class Block(nn.Module):
@@ -67,7 +87,7 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class Backbone(nn.Module):
+class Backbone(sharding.Pipeline, nn.Module):
     """Embedding, blocks and final norm."""
 
     def __init__(self, args: ModelArgs):
@@ -86,12 +106,14 @@ class Backbone(nn.Module):
     ) -> mx.array:
         """(B, N) tokens, or (B, N, D) embeddings in their place, -> (B, N, D)."""
         x = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
-        cache = cache or [None] * len(self.layers)
+        layers = self.pipeline_layers
+        cache = cache or [None] * len(layers)
         padding = create_ssm_mask(x, cache[0])
         mask = padding if mask is None else mask if padding is None else mask & padding
-        for layer, c in zip(self.layers, cache, strict=True):
+        x = self.receive(x)
+        for layer, c in zip(layers, cache, strict=True):
             x = layer(x, c, mask, reset)
-        return self.norm(x)
+        return self.norm(self.pass_on(x, cache))
 
 
 class Model(nn.Module):
@@ -138,8 +160,28 @@ class Model(nn.Module):
 
     @property
     def layers(self) -> list[Block]:
-        """The blocks."""
-        return self.model.layers
+        """The blocks, of a pipeline this rank's."""
+        return self.model.pipeline_layers
+
+    def shard(self, group: mx.distributed.Group | None = None) -> None:
+        """Keep this rank's share of every block, its channels and its part of the MLP.
+
+        Embedding, norms and head stay whole, as in mlx-lm; a cache made afterwards holds the state
+        of the rank's channels. To be called on every rank, once, before the model runs.
+
+        Args:
+            group: the ranks; None is all there are.
+
+        Raises:
+            MCSDError: if there is too little to share, the blocks hold adapters, or it was done.
+        """
+        group = group or mx.distributed.init()
+        if any(layer.mlp.sharding_group is not None for layer in self.layers):
+            raise MCSDError("[shard] the model must be whole but is shared out; load it anew.")
+        if group.size() > 1:
+            for layer in self.layers:
+                layer.mixer.shard(group)
+                layer.mlp.shard(group)
 
     def make_cache(self) -> list[ArraysCache]:
         """Return an empty cache a layer, with a slot for each array of the mixer's state."""

@@ -45,6 +45,17 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    def shard(self, group: mx.distributed.Group) -> None:
+        """Keep this rank's share of the parameters and of the state; outputs stay whole.
+
+        Raises:
+            MCSDError: if the mixer cannot be shared.
+        """
+        raise MCSDError(
+            f"[shard] a mixer must be divisible among processes but {type(self).__name__} is not; "
+            "use a pipeline."
+        )
+
     def init_state(self, batch: int) -> State:
         """Return the state before any token: arrays whose first axis is the batch."""
         raise NotImplementedError

@@ -25,7 +25,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from .. import kernels
+from .. import kernels, sharding
 from ..config import ModelArgs
 from ..recurrence import count_tokens, scan
 from .base import Mixer, State, register
@@ -115,13 +115,13 @@ class MCSD(Mixer):
     def __init__(self, args: ModelArgs):
         super().__init__()
         D, C = args.hidden_size, args.num_channels
-        self.C, self.Dc = C, D // C
+        self.Dc = D // C
+        self.sharding_group = None
+        self._hold(C, 0, C)
         self.channelwise = args.projection == "channel"
         self.concat = args.fusion == "concat"
         self._slots = _slots(args.sections)
         self._has_kernels = args.sections == ["slope", "decay"]
-        self._lam = {"slope": tuple(math.exp(-b) for b in slopes(C)), "decay": decays(C)}
-        self._beta = mx.array(slopes(C))[:, None]  # (C, 1)
 
         # One matrix holds every projection, its rows in the order U, V, E, F.
         used = {name for slot in self._slots for name in (slot.current, slot.history)}
@@ -135,14 +135,49 @@ class MCSD(Mixer):
         for slot in self._slots:
             if slot.section == "decay":
                 self[slot.norm] = nn.RMSNorm(D, args.rms_norm_eps)
+        self.theta_width = len(self._slots) * self.Dc if self.concat else self.Dc  # of a channel
         if args.output_projection:
-            theta = len(self._slots) * D if self.concat else D
-            self.o_proj = nn.Linear(theta, D, bias=False)
+            self.o_proj = nn.Linear(C * self.theta_width, D, bias=False)
 
     @property
     def fused(self) -> dict[str, tuple[str, ...]]:
         """See :class:`Mixer`."""
         return {f"{self.projections}_proj": tuple(f"{p}_proj" for p in self.projections)}
+
+    def _hold(self, C: int, start: int, stop: int) -> None:
+        """Set what depends on which of the C channels are held here: start to stop."""
+        self.C = stop - start
+        self._slopes, self._decays = slopes(C)[start:stop], decays(C)[start:stop]
+        self._lam = {"slope": tuple(math.exp(-b) for b in self._slopes), "decay": self._decays}
+        self._beta = mx.array(self._slopes)[:, None]  # (C, 1)
+
+    def shard(self, group: mx.distributed.Group) -> None:
+        """See :class:`Mixer`; whole channels, at most one more on some ranks than on others."""
+        C, Dc = self.C, self.Dc
+        D, k = C * Dc, len(self.projections)
+        unit = 1
+        if "o_proj" in self:  # its inputs, Dc or a multiple of it a channel, may be quantized
+            width = self.theta_width
+            unit = math.lcm(width, sharding.group_size(self.o_proj)) // width
+        spans = sharding.shares("num_channels", C, group.size(), unit)
+        start, stop = spans[group.rank()]
+        features = start * Dc, stop * Dc
+
+        proj = self[f"{self.projections}_proj"]
+        if self.channelwise:
+            sharding.take(proj, 0, C, (start, stop))
+        else:
+            rows = [(i * D + features[0], i * D + features[1]) for i in range(k)]
+            sharding.take(proj, -2, k * D, *rows)
+        for slot in self._slots:
+            if slot.section == "decay":
+                self[slot.norm].weight = mx.contiguous(self[slot.norm].weight[slice(*features)])
+        if "o_proj" in self:
+            sharding.take(self.o_proj, -1, C * width, (start * width, stop * width))
+        self._hold(C, start, stop)
+        self._features = features
+        self._widths = tuple((b - a) * Dc for a, b in spans)
+        self.sharding_group = group
 
     def init_state(self, batch: int) -> State:
         """Return zeros: one (B, C, Dc) float32 array per section and the count, (B,) int32."""
@@ -166,6 +201,8 @@ class MCSD(Mixer):
         """
         B, N, _ = x.shape
         *past, count = self.init_state(B) if state is None else state
+        if self.sharding_group is not None:
+            x = sharding.sum_gradients(self.sharding_group)(x)
         projected = self._project(x)
         if self._has_kernels and kernels.available(x.dtype):
             theta, state = self._by_kernels(projected, past, count, mask, reset)
@@ -191,10 +228,10 @@ class MCSD(Mixer):
         """Return theta (B, N, D or 2D) and the new state of a slope and a decay section."""
         tokens = U, V, E, _ = [projected[p] for p in "uvef"]
         gain = self.decay_norm.weight
-        options = dict(beta=slopes(self.C), eps=self.decay_norm.eps, concat=self.concat)
+        options = dict(beta=self._slopes, eps=self.decay_norm.eps, concat=self.concat)
         if U.shape[1] == 1 and not self.training:  # the step has no gradient
             theta, *state = kernels.mcsd_step(
-                *tokens, *past, count, gain, alpha=decays(self.C), mask=mask, reset=reset, **options
+                *tokens, *past, count, gain, alpha=self._decays, mask=mask, reset=reset, **options
             )
             return theta, state
         n, count = count_tokens(count, U.shape[1], mask, reset)
@@ -203,7 +240,12 @@ class MCSD(Mixer):
         return kernels.mcsd_mix(*tokens, A, H, n, gain, **options), [*past, count]
 
     def _output(self, theta: mx.array) -> mx.array:
-        return self.o_proj(theta) if "o_proj" in self else theta
+        """Return y (B, N, D) of the theta of the channels held here."""
+        group = self.sharding_group
+        if "o_proj" in self:
+            y = self.o_proj(theta)
+            return y if group is None else mx.distributed.all_sum(y, group=group)
+        return theta if group is None else sharding.gather(theta, self._widths, group)
 
     def _project(self, x: mx.array) -> dict[str, mx.array]:
         """Return U, V, E, F (Eqs. 1, 7), each (B, N, C, Dc), by their lower-case names."""
@@ -211,6 +253,8 @@ class MCSD(Mixer):
         C, Dc, k = self.C, self.Dc, len(self.projections)
         proj = self[f"{self.projections}_proj"]
         if self.channelwise:
+            if self.sharding_group is not None:
+                x = x[..., slice(*self._features)]
             if mx.default_device() == mx.cpu:
                 x = x.astype(mx.float32)  # the only dtype of gathered products on the CPU
             x = x.reshape(B * N, C, Dc).swapaxes(0, 1)  # (C, B*N, Dc)
