@@ -13,7 +13,7 @@ from .archive import members
 from .files import ITEM_SIZE, NUMPY_TYPES, check_name, read_at, refuse, shown, size_of
 from .gather import gather, reach
 from .records import CONSTRUCTORS, STORAGES, Storage, Tensor, is_size, name_of
-from .unpickle import MAX_PICKLE, Opaque, Table, Unpickler
+from .unpickle import MAX_PICKLE, Global, Opaque, Table, Unpickler
 
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
 # An expanded tensor is larger than its storage: fine for a vector, not for a bomb; and so are
@@ -63,7 +63,7 @@ class TorchFile:
         total = sum(math.prod(t.shape) * ITEM_SIZE[t.kind] for t in self.records.values())
         if total > MAX_TIMES * size + FREE_BYTES:
             refuse(
-                f"{self.where} must hold its tensors but they are {total // size} times as large."
+                f"{self.where} must hold its tensors but they take {total // size} times as much."
             )
 
     def open_zip(self, stream, size):
@@ -156,9 +156,7 @@ class TorchFile:
             refuse(f"{self.where} must hold the data of {name} but does not.")
         held, declared = self.places[storage.key][1], self.storages[storage.key].nbytes
         if held != declared:
-            refuse(
-                f"the data of {name} in {self.where} must have {declared} bytes but have {held}."
-            )
+            refuse(f"{name} in {self.where} must lie in {declared} bytes of data but has {held}.")
         numel = math.prod(tensor.shape)
         last = tensor.offset + reach(tensor.shape, tensor.strides)
         if numel and (last + 1) * item > storage.nbytes:
@@ -200,8 +198,15 @@ def flatten(root, where):
         elif isinstance(value, Tensor):
             tensors[path] = value
         else:
-            others[path] = value.kind if isinstance(value, Opaque) else type(value).__name__
+            others[path] = kind_of(value)
     return tensors, others
+
+
+def kind_of(value):
+    """What a value that is no tensor is called."""
+    if isinstance(value, Opaque):
+        return value.kind
+    return str(value) if isinstance(value, Global) else type(value).__name__
 
 
 def text_of(key, where):
