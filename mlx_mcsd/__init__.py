@@ -17,9 +17,15 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 __version__ = "0.1.0"
-__all__ = ["Model", "ModelArgs", "State", "__version__", "load"]
+__all__ = ["Model", "ModelArgs", "State", "__version__", "load", "stream_generate"]
 
-_HOME = {"load": ".loading", "Model": ".model", "ModelArgs": ".config", "State": ".state"}
+_HOME = {
+    "load": ".loading",
+    "Model": ".model",
+    "ModelArgs": ".config",
+    "State": ".state",
+    "stream_generate": ".generation",
+}
 
 
 def __getattr__(name: str):

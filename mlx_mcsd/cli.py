@@ -36,6 +36,11 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"must be true or false but got {text!r}")
 
 
+def size(count: int) -> str:
+    """Return a number of bytes as a person reads it."""
+    return f"{count / 2**10:.1f} KiB" if count < 2**20 else f"{count / 2**20:.1f} MiB"
+
+
 def _range(low, high):
     return f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
 

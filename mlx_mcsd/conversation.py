@@ -29,12 +29,14 @@ def render(tokenizer, messages: Sequence[Message], *, reply: bool = False, **opt
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             [{"role": role, "content": text} for role, text in messages],
             tokenize=False,
             add_generation_prompt=reply,
             **options,
         )
+        text.encode()  # half a character, which no tokenizer takes
+        return text
     # A template is a program of the model's maker: this is what one may run into.
     except (
         *(TemplateError, ArithmeticError, LookupError, RecursionError),

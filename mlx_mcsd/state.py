@@ -71,7 +71,7 @@ class State:
         hash: of those tokens, in order (128 bits in hexadecimal).
         pending: tokens known but not read yet, at most one after :meth:`read`; feed them first.
         tail: tokens at the end whose text is not whole yet; see :mod:`mlx_mcsd.text`.
-        random_key: where sampling stood, two 32-bit numbers of ``mx.random.state``; or None.
+        random_key: where sampling stood, (2,) uint32 of ``mx.random.state``; or None.
         command: of a loaded state, the command that made it.
     """
 
@@ -81,7 +81,7 @@ class State:
         self.tokens_seen, self.hash = 0, _chain("", ())
         self.pending: tuple[int, ...] = ()
         self.tail: tuple[int, ...] = ()
-        self.random_key: tuple[int, int] | None = None
+        self.random_key: mx.array | None = None
         self.command = ""
         self._fill(layer.mixer.init_state(1) for layer in model.layers)
 
@@ -133,7 +133,9 @@ class State:
             mx.clear_cache()
             if progress is not None:
                 progress(len(step))
-        self.pending, self.tail = tuple(queue[done:]), ()
+        self.pending = tuple(queue[done:])
+        if tokens:
+            self.tail = ()
 
     def snapshot(self) -> Snapshot:
         """Return this moment; what the cache goes through later does not change it."""
@@ -204,7 +206,7 @@ class State:
             "tokens_hash": self.hash,
             "pending": json.dumps(self.pending),
             "tail": json.dumps(self.tail),
-            "random_key": json.dumps(self.random_key),
+            "random_key": json.dumps(None if self.random_key is None else self.random_key.tolist()),
             "command": command or self.command,
         }
         metadata["checksum"] = _checksum(metadata, tensors)
@@ -233,9 +235,10 @@ class State:
         state.pending = _numbers(metadata, "pending", K, name)
         state.tail = _numbers(metadata, "tail", K, name)
         if metadata.get("random_key") != "null":
-            state.random_key = _numbers(metadata, "random_key", 2**32, name)
-            if len(state.random_key) != 2:
+            key = _numbers(metadata, "random_key", 2**32, name)
+            if len(key) != 2:
                 _fail(f"{name} must have two numbers for random_key.")
+            state.random_key = mx.array(key, mx.uint32)
         state.command = metadata.get("command", "")
         return state
 

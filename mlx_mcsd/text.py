@@ -118,6 +118,11 @@ class TextStream:
         return self._state[0] is None
 
     @property
+    def text(self) -> str:
+        """What the tokens spell, shown or not."""
+        return self._detokenizer.text
+
+    @property
     def tail(self) -> list[int]:
         """Tokens whose text is not whole yet."""
         return self._detokenizer.tail

@@ -1,21 +1,21 @@
 """The generate command: the text, the flags, and one line for every mistake."""
 
-import importlib
 import io
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
+from mlx_lm.generate import setup_arg_parser as mlx_lm_arguments
 from mlx_lm.models.cache import save_prompt_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import tiny
-from mlx_mcsd import generate, load
+from mlx_mcsd import generate, generation, load
 
 PROMPT = "a b ab"
-THEIRS = importlib.import_module("mlx_lm.generate")  # as an attribute it is the function
 CHAT = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{{ mood }}{% endif %}"
@@ -76,8 +76,8 @@ def seen(monkeypatch):
         prompts.append(tokenizer.decode(tokens))
         yield from original(model, tokenizer, tokens, **options | {"max_tokens": 1})
 
-    original = THEIRS.stream_generate
-    monkeypatch.setattr(THEIRS, "stream_generate", stream)
+    original = generation.stream_generate
+    monkeypatch.setattr(generation, "stream_generate", stream)
     return prompts
 
 
@@ -101,9 +101,10 @@ def text_of(directory, ids):
 
 
 def force(monkeypatch, ids):
-    """Make the token loop yield these ids, whatever the model."""
-    steps = [(token, mx.zeros(tiny.VOCAB_SIZE)) for token in ids]
-    monkeypatch.setattr(THEIRS, "generate_step", lambda *_, **__: iter(steps))
+    """Make the sampler choose these ids, whatever the model, and then </s>."""
+    ids = iter(ids)
+    sampler = lambda _: mx.array([next(ids, tiny.SPECIAL.index("</s>"))])  # noqa: E731
+    monkeypatch.setattr(generate, "make_sampler", lambda *_: sampler)
 
 
 # --- the text ----------------------------------------------------------------------------------
@@ -198,18 +199,19 @@ def test_characters_arrive_whole_and_at_once(run, directory, monkeypatch):
             self.seek(0)
 
     monkeypatch.setattr(sys, "stdout", Recorder())
-    generate.main(["--model", str(directory), "--verbose", "false", "-m", "100"])
+    generate.main(["--model", str(directory), "--verbose", "false", "--extra-eos-token", "</s>"])
     assert "".join(pieces) == text + "\n"
-    # every character by itself, except a space that belongs to the next letter
-    assert [p for p in pieces if p.strip()] == ["b", " a", "😀", "é", "漢"]
+    # every character by itself, except a space that belongs to the next letter, and behind an
+    # emoji, which waits to see whether another joins it
+    assert [p for p in pieces if p.strip()] == ["b", " a", "😀 ", "é", "漢"]
 
 
 def test_interrupt_leaves_the_text_and_status_130(directory, monkeypatch, capsys):
     def stream(*_, **__):
-        yield THEIRS.GenerationResponse(" there", 5, None, False, 1, 1.0, 1, 1.0, 0.0)
+        yield SimpleNamespace(text=" there")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(THEIRS, "stream_generate", stream)
+    monkeypatch.setattr(generation, "stream_generate", stream)
     with pytest.raises(SystemExit) as caught:
         generate.main(["--model", str(directory), "-p", "hello"])
     assert caught.value.code == 130
@@ -227,8 +229,9 @@ def test_prompt_and_text_meet_as_the_tokenizer_joins_them(tmp_path, run, monkeyp
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
     for continuation in (" upon", "upon", ", é"):
-        force(monkeypatch, tokenizer.encode(continuation).ids)
-        out = run("-p", "Once", "-m", 50, model=tmp_path)
+        ids = tokenizer.encode(continuation).ids
+        force(monkeypatch, ids)
+        out = run("-p", "Once", "-m", len(ids), model=tmp_path)
         assert out.split("\n")[1] == f"Once{continuation}"
 
 
@@ -386,7 +389,7 @@ def test_closed_standard_input_is_one_line(fails, monkeypatch):
 )
 def test_template_that_fails_is_one_line(fails, chat_directory, template, why):
     tiny.write_tokenizer(chat_directory, chat_template=template)
-    assert f"the chat template refuses this prompt: {why}" in fails(model=chat_directory)
+    assert f"the chat template refuses these messages: {why}" in fails(model=chat_directory)
 
 
 def test_a_model_without_a_tokenizer_is_one_line(fails, tmp_path):
@@ -400,7 +403,7 @@ def test_flags_are_those_of_mlx_lm_but_for_what_a_fixed_state_cannot_use():
     def flags(parser):
         return {flag for action in parser._actions for flag in action.option_strings}
 
-    left_out = flags(THEIRS.setup_arg_parser()) - flags(generate.setup_arg_parser())
+    left_out = flags(mlx_lm_arguments()) - flags(generate.setup_arg_parser())
     assert left_out == {
         "--trust-remote-code",  # nothing of a checkpoint is executed
         "--max-kv-size",

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-NAMES = ["load", "Model", "ModelArgs", "State"]
+NAMES = ["load", "Model", "ModelArgs", "State", "stream_generate"]
 REPORT = """
 import json, os, sys
 import mlx_mcsd
