@@ -13,9 +13,12 @@
 // Grid (C Dc rounded up to 32, S, B), threadgroup (32, S, 1): one lane per feature, neighbouring
 // lanes on neighbouring features, one simdgroup per segment, time in registers.
 //
+// Where S > 1, a segment is read for what it leaves behind on its own, then once more from its true
+// start. But the first knows its start at once and the last leaves nothing behind: they are read
+// once, and are twice as long as the others, to be ready when the others are.
+//
 // Bytes per element of x, x being w wide: w + 4 if S = 1, which is the least: x is read once and h
-// written once. If S > 1 every segment but the last is read twice, first for what it leaves behind
-// on its own: w (2 - 1/S) + 4. Masks add one byte per token, shared by the 32 lanes.
+// written once; else 2 w S / (S + 2) + 4. Masks add one byte per token, shared by the 32 lanes.
 //
 // Each number of the recurrence is a pair of floats, a value and the rest its roundings lost, or a
 // window of 16,384 tokens would gather their errors. It leaves as the nearest float.
@@ -36,9 +39,9 @@ const bool on = f < D;  // a lane past the last feature still meets the barrier
 const int c = on ? f / Dc : 0;
 const int j = on ? f % Dc : 0;
 
-const int per_segment = (N + S - 1) / S;
-const int begin = metal::min(s * per_segment, N);
-const int end = on ? metal::min(begin + per_segment, N) : begin;
+const int unit = (N + S + 1) / (S + 2);  // of a segment; the first and the last have two
+const int begin = metal::min((s > 0 ? s + 1 : 0) * unit, N);
+const int end = on ? metal::min((s < S - 1 ? s + 2 : S + 2) * unit, N) : begin;
 
 const int64_t x_at = b * x_strides[0] + c * x_strides[2] + j * x_strides[3];
 const int64_t x_step = x_strides[1];
@@ -48,23 +51,24 @@ const int64_t reset_at = b * reset_strides[0];
 const float lambda = decay[c];
 const float lambda_rest = decay[C + c];
 
-// Pass 0 finds what each segment leaves behind; pass 1 starts from the true state and writes.
-for (int pass = S > 1 ? 0 : 1; pass < 2; ++pass) {
+// The first segment writes in pass 0, the others in pass 1.
+for (int pass = 0; pass < (S > 1 ? 2 : 1); ++pass) {
+  const bool writes = pass == (s > 0 ? 1 : 0);
   float state = 0.0f;
   float rest = 0.0f;
-  if (pass == 1 && S > 1) {
+  if (pass == 1) {
     threadgroup_barrier(metal::mem_flags::mem_threadgroup);
   }
-  if (pass == 1 && on) {
-    state = h0[b * h0_strides[0] + c * h0_strides[1] + j * h0_strides[2]];
-    for (int k = 0; k < s; ++k) {
+  if (writes && on) {
+    state = s > 0 ? left[0][lane] : h0[b * h0_strides[0] + c * h0_strides[1] + j * h0_strides[2]];
+    for (int k = 1; k < s; ++k) {
       // Selected, not scaled by zero: a state that was cut may be infinite.
       const float part = kept[k][lane];
       state = part < 0.0f ? left[k][lane] : metal::fma(part, state, left[k][lane]);
     }
   }
 
-  const int stop = pass == 1 || s < S - 1 ? end : begin;  // nothing follows the last segment
+  const int stop = writes || (pass == 0 && s < S - 1) ? end : begin;
   int count = 0;  // tokens that exist
   bool cut = false;
   for (int n = begin; n < stop; n += AHEAD) {
@@ -81,7 +85,7 @@ for (int pass = S > 1 ? 0 : 1; pass < 2; ++pass) {
           state = rest = 0.0f;
           cut = true;
         }
-        if (pass == 1) {
+        if (writes) {
           h[h_at + int64_t(n + k) * D] = state + rest;
         }
         if (exists) {
@@ -96,11 +100,12 @@ for (int pass = S > 1 ? 0 : 1; pass < 2; ++pass) {
     }
   }
 
-  if (pass == 0) {
+  if (S > 1 && pass == 0) {
     left[s][lane] = state + rest;
     const float part = count == 0 ? 1.0f : metal::precise::exp2(count * decay[2 * C + c]);
     kept[s][lane] = cut ? -1.0f : part;
-  } else if (on && s == S - 1) {
+  }
+  if (writes && on && s == S - 1) {
     last[b * D + f] = state + rest;
   }
 }

@@ -18,9 +18,11 @@
 // lanes on neighbouring features, one simdgroup per segment, time in registers. No atomics: every
 // output has one writer, so a run repeats bit for bit.
 //
-// Bytes per element of dh, dh being w and dx v wide: w + v if S = 1, the least; if S > 1 every
-// segment but the first is read twice: w (2 - 1/S) + v. Masks add one byte per token, shared by
-// the 32 lanes.
+// Segments as in decay_scan, from the end: the last knows its start at once and the first leaves
+// nothing behind, so both are read once and are twice as long as the others.
+//
+// Bytes per element of dh, dh being w and dx v wide: w + v if S = 1, the least; else
+// 2 w S / (S + 2) + v. Masks add one byte per token, shared by the 32 lanes.
 //
 // Each number of the recurrence is a pair of floats, a value and the rest its roundings lost.
 
@@ -40,9 +42,9 @@ const bool on = f < D;  // a lane past the last feature still meets the barrier
 const int c = on ? f / Dc : 0;
 const int j = on ? f % Dc : 0;
 
-const int per_segment = (N + S - 1) / S;
-const int begin = metal::min(s * per_segment, N);
-const int end = on ? metal::min(begin + per_segment, N) : begin;
+const int unit = (N + S + 1) / (S + 2);  // of a segment; the first and the last have two
+const int begin = metal::min((s > 0 ? s + 1 : 0) * unit, N);
+const int end = on ? metal::min((s < S - 1 ? s + 2 : S + 2) * unit, N) : begin;
 
 const int64_t dh_at = b * dh_strides[0] + c * dh_strides[2] + j * dh_strides[3];
 const int64_t dh_step = dh_strides[1];
@@ -52,23 +54,25 @@ const int64_t reset_at = b * reset_strides[0];
 const float lambda = decay[c];
 const float lambda_rest = decay[C + c];
 
-// Pass 0 finds what each segment leaves behind; pass 1 starts from the true g and writes.
-for (int pass = S > 1 ? 0 : 1; pass < 2; ++pass) {
+// The last segment writes in pass 0, the others in pass 1.
+for (int pass = 0; pass < (S > 1 ? 2 : 1); ++pass) {
+  const bool writes = pass == (s < S - 1 ? 1 : 0);
   float g = 0.0f;
   float rest = 0.0f;
-  if (pass == 1 && S > 1) {
+  if (pass == 1) {
     threadgroup_barrier(metal::mem_flags::mem_threadgroup);
   }
-  if (pass == 1 && on) {
-    g = dlast[b * dlast_strides[0] + c * dlast_strides[1] + j * dlast_strides[2]];
-    for (int k = S - 1; k > s; --k) {
+  if (writes && on) {
+    g = s < S - 1 ? left[S - 1][lane]
+                  : dlast[b * dlast_strides[0] + c * dlast_strides[1] + j * dlast_strides[2]];
+    for (int k = S - 2; k > s; --k) {
       // Selected, not scaled by zero: what was cut may be infinite.
       const float part = kept[k][lane];
       g = part < 0.0f ? left[k][lane] : metal::fma(part, g, left[k][lane]);
     }
   }
 
-  const int stop = pass == 1 || s > 0 ? begin : end;  // nothing follows the first segment
+  const int stop = writes || (pass == 0 && s > 0) ? begin : end;
   int count = 0;  // tokens that exist
   bool cut = false;
   for (int n = end - 1; n >= stop; n -= AHEAD) {
@@ -87,7 +91,7 @@ for (int pass = S > 1 ? 0 : 1; pass < 2; ++pass) {
           g = scaled;
           ++count;
         }
-        if (pass == 1) {
+        if (writes) {
           dx[dx_at + int64_t(n - k) * D] = static_cast<T>(exists ? g + rest : 0.0f);
         }
         if (HAS_RESET && exists && reset[reset_at + (n - k) * reset_strides[1]]) {
@@ -103,11 +107,12 @@ for (int pass = S > 1 ? 0 : 1; pass < 2; ++pass) {
     }
   }
 
-  if (pass == 0) {
+  if (S > 1 && pass == 0) {
     left[s][lane] = g + rest;
     const float part = count == 0 ? 1.0f : metal::precise::exp2(count * decay[2 * C + c]);
     kept[s][lane] = cut ? -1.0f : part;
-  } else if (on && s == 0) {
+  }
+  if (writes && on && s == 0) {
     dh0[b * D + f] = g + rest;
   }
 }

@@ -40,7 +40,7 @@ float weight[PER_LANE];  // the gain
 #pragma clang loop unroll(full)
 for (int k = 0; k < PER_LANE; ++k) {
   const int j = lane + k * 32;
-  weight[k] = j < Dc ? static_cast<float>(gain[c * Dc + j]) : 0.0f;
+  weight[k] = j < Dc ? static_cast<float>(gain[(c * Dc + j) * gain_strides[0]]) : 0.0f;
 }
 
 for (int t = begin; t < end; ++t) {

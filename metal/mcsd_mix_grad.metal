@@ -5,6 +5,10 @@
 //   dF = d q gain f (1 - f)
 //   dE' = (p - q mean(p q)) / rms(E'),  p = d f gain       dgain = sum of d f q over tokens
 //
+// In p - q mean(p q) all of p may cancel but what eps keeps (Dc = 1). So p is parted, g being a
+// number, into g E', of which eps / rms(E')^2 is kept, and a rest at right angles to E', of which
+// all is. The rest is parted once more, since rounding left some of E' in it.
+//
 // dV' passes on to A, times its factor, or to V where n = 0; dE' to H, or to E where n = 0.
 //
 //   dtheta              (B, N, C Dc) or (B, N, 2 C Dc)  float, float16_t or bfloat16_t
@@ -45,7 +49,7 @@ float weight_grad[PER_LANE];
 #pragma clang loop unroll(full)
 for (int k = 0; k < PER_LANE; ++k) {
   const int j = lane + k * 32;
-  weight[k] = j < Dc ? static_cast<float>(gain[c * Dc + j]) : 0.0f;
+  weight[k] = j < Dc ? static_cast<float>(gain[(c * Dc + j) * gain_strides[0]]) : 0.0f;
   weight_grad[k] = 0.0f;
 }
 
@@ -55,34 +59,34 @@ for (int t = begin; t < end; ++t) {
   const int64_t theta_at = b * dtheta_strides[0] + t * dtheta_strides[1] +
       c * (CONCAT ? 2 : 1) * Dc * dtheta_strides[2];
 
-  float q[PER_LANE];  // E', then E' / rms(E')
+  float E_past[PER_LANE];
   float sum = 0.0f;
 #pragma clang loop unroll(full)
   for (int k = 0; k < PER_LANE; ++k) {
     const int j = lane + k * 32;
-    q[k] = 0.0f;
+    E_past[k] = 0.0f;
     if (j < Dc) {
       if (seen == 0) {
-        q[k] = static_cast<float>(
+        E_past[k] = static_cast<float>(
             E[b * E_strides[0] + t * E_strides[1] + c * E_strides[2] + j * E_strides[3]]);
       } else {
-        q[k] = H[b * H_strides[0] + t * H_strides[1] + c * H_strides[2] + j * H_strides[3]];
+        E_past[k] = H[b * H_strides[0] + t * H_strides[1] + c * H_strides[2] + j * H_strides[3]];
       }
     }
-    sum += q[k] * q[k];
+    sum += E_past[k] * E_past[k];
   }
-  const float norm = metal::precise::rsqrt(metal::simd_sum(sum) / Dc + eps);
+  sum = metal::simd_sum(sum);
+  const float norm = metal::precise::rsqrt(sum / Dc + eps);
 
   // 1 - e^-t loses its digits for a small t; 2 u / (1 + u) with u = tanh(t / 2) does not.
   const float u = metal::precise::tanh(0.5f * seen * beta);
   const float per_weight = seen == 0 ? 0.0f : expm1_beta * (1.0f + u) / (2.0f * u);
 
   float p[PER_LANE];
-  float along = 0.0f;  // sum of p q
+  float along = 0.0f;  // sum of p E'
 #pragma clang loop unroll(full)
   for (int k = 0; k < PER_LANE; ++k) {
     const int j = lane + k * 32;
-    q[k] *= norm;
     p[k] = 0.0f;
     if (j < Dc) {
       const float a = static_cast<float>(dtheta[theta_at + j * dtheta_strides[2]]);
@@ -105,21 +109,34 @@ for (int t = begin; t < end; ++t) {
       dV[row * Dc + j] = static_cast<T>(seen == 0 ? V_grad : 0.0f);
       dA[row * Dc + j] = V_grad * per_weight;
 
-      const float f = 1.0f / (1.0f + metal::precise::exp(-static_cast<float>(
-          F[b * F_strides[0] + t * F_strides[1] + c * F_strides[2] + j * F_strides[3]])));
-      dF[row * Dc + j] = static_cast<T>(d * q[k] * weight[k] * f * (1.0f - f));
-      weight_grad[k] += d * f * q[k];
+      const float gate = static_cast<float>(
+          F[b * F_strides[0] + t * F_strides[1] + c * F_strides[2] + j * F_strides[3]]);
+      const float f = 1.0f / (1.0f + metal::precise::exp(-gate));
+      const float rest = 1.0f / (1.0f + metal::precise::exp(gate));  // 1 - f, all digits of it
+      const float q = E_past[k] * norm;
+      dF[row * Dc + j] = static_cast<T>(d * q * weight[k] * f * rest);
+      weight_grad[k] += d * f * q;
       p[k] = d * f * weight[k];
-      along += p[k] * q[k];
+      along += p[k] * E_past[k];
     }
   }
-  along = metal::simd_sum(along) / Dc;
+  along = metal::simd_sum(along);
+  const float g = sum > 0.0f ? along / sum : 0.0f;
+  float still = 0.0f;  // of E' in the rest, after rounding
+#pragma clang loop unroll(full)
+  for (int k = 0; k < PER_LANE; ++k) {
+    p[k] = metal::fma(-g, E_past[k], p[k]);
+    still += p[k] * E_past[k];
+  }
+  still = metal::simd_sum(still);
+  const float more = sum > 0.0f ? still / sum : 0.0f;
+  const float kept = (g + more) * eps * norm * norm;
 
 #pragma clang loop unroll(full)
   for (int k = 0; k < PER_LANE; ++k) {
     const int j = lane + k * 32;
     if (j < Dc) {
-      const float E_grad = (p[k] - q[k] * along) * norm;
+      const float E_grad = (metal::fma(-more, E_past[k], p[k]) + kept * E_past[k]) * norm;
       dE[row * Dc + j] = static_cast<T>(seen == 0 ? E_grad : 0.0f);
       dH[row * Dc + j] = seen == 0 ? 0.0f : E_grad;
     }

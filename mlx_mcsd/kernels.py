@@ -23,7 +23,7 @@ DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 LANES = 32  # of a simdgroup
 FULL_GRID = 16_384  # threads below which a GPU starves: time is then split into segments
-SEGMENTS = 16  # at most, one simdgroup each: 512 threads a threadgroup
+SEGMENTS = (4, 8, 16)  # one simdgroup each, at most 512 threads; of two, one would always wait
 SEGMENT_TOKENS = 32  # at least, or combining the segments costs more than they save
 STEP_FEATURES = 4  # of a lane, for one channel of one token: enough to outweigh its constants
 STEP_SIMDGROUPS = 16  # at most, for the same
@@ -350,8 +350,9 @@ def _launch(name, types, lam, x, state, mask, reset) -> tuple[mx.array, mx.array
 def segments(B: int, N: int, D: int) -> int:
     """Return into how many segments time is split: one, unless B D threads would starve a GPU."""
     S = 1
-    while S < SEGMENTS and S * B * D < FULL_GRID and N >= 2 * S * SEGMENT_TOKENS:
-        S *= 2
+    for more in SEGMENTS:
+        if S * B * D < FULL_GRID and (more + 2) * SEGMENT_TOKENS <= N:
+            S = more
     return S
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from .files import refuse, shown
 
-# A tensor takes some forty opcodes: enough for fifty thousand of them, and two seconds of work.
-MAX_OPCODES = 2_000_000
+# A tensor takes some forty opcodes: enough for twenty thousand of them, and for a second of work.
+MAX_OPCODES = 1_000_000
 MAX_PICKLE = 64 * 2**20
 
 

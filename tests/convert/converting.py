@@ -4,6 +4,7 @@ import json
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from mlx.utils import tree_flatten
 
 from mlx_mcsd.convert.__main__ import main
@@ -33,3 +34,14 @@ def parameters(model):
 def same(a, b):
     """Equal in shape, type and every bit that counts."""
     return a.dtype == b.dtype and a.shape == b.shape and mx.array_equal(a, b).item()
+
+
+def refused(capsys, *argv):
+    """Run a command that must end with one line on stderr and status 1; returns the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        main([str(arg) for arg in argv])
+    assert exit.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from converting import convert, edit_json
+from converting import convert, edit_json, refused
 from mlx_mcsd.convert import pipeline, writing
-from mlx_mcsd.convert.__main__ import main, setup_arg_parser
+from mlx_mcsd.convert.__main__ import setup_arg_parser
 from mlx_mcsd.errors import MCSDError
 from mlx_mcsd.mixers import base, mcsd
 
@@ -115,17 +115,6 @@ REFUSED = {
     ),
     "tokenizer no JSON": (lambda s: (s / "tokenizer.json").write_text("?"), "tokenizer.json"),
 }
-
-
-def refused(capsys, *argv):
-    """Run a command that must end with one line on stderr and status 1; returns the line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        main([str(arg) for arg in argv])
-    assert exit.value.code == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 @pytest.mark.parametrize("spoil, complaint", REFUSED.values(), ids=REFUSED)

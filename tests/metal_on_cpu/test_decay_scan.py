@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from metal_on_cpu import executed, needs_compiler
+from metal_on_cpu.references import adjoint, loop
 from mlx_mcsd import kernels
 from mlx_mcsd.kernels import decay_scan, decay_scan_grad
 from mlx_mcsd.recurrence import chunked
 from oracle import relative_error
-from test_recurrence import LAM, loop, masks, resets
+from test_recurrence import LAM, masks, resets
 
 pytestmark = needs_compiler
 
@@ -49,18 +50,6 @@ def flags(name, N):
 
 def arrays(*values):
     return [None if v is None else mx.array(v) for v in values]
-
-
-def adjoint(dh, lam, dlast, mask=None, reset=None):
-    """Return dx and dh0 in NumPy float64, a token at a time from the last."""
-    lam = np.array(lam)[:, None]
-    g, dx = dlast.astype(np.float64), np.zeros(dh.shape)
-    for n in reversed(range(dh.shape[1])):
-        m = np.ones((dh.shape[0], 1, 1), bool) if mask is None else mask[:, n, None, None]
-        r = np.zeros_like(m) if reset is None else m & reset[:, n, None, None]
-        dx[:, n] = np.where(m, lam * g, 0)
-        g = np.where(r, 0, np.where(m, lam * g, g) + dh[:, n])
-    return dx, g
 
 
 def check(got, want, tolerance=1e-6):
@@ -211,36 +200,3 @@ def test_pieces(S, monkeypatch, N=67):
         got = decay_scan_grad(*arrays(x), LAM, *arrays(h0, mask, reset))
         check(got, adjoint(x, LAM, h0, mask, reset))
     assert len(calls) == 6
-
-
-@pytest.mark.parametrize("mode", ["sanitized", "traced"])
-def test_memory(monkeypatch, mode, N=21):
-    """Nothing outside the arrays, nothing unwritten, no race; the same bits in any order."""
-    monkeypatch.setattr(kernels, "segments", lambda B, N, D: 4)
-    x, h0 = inputs(N, Dc=11)
-    args = arrays(*flags("mask holes, reset edges", N))
-    results = []
-    for options in (
-        {},
-        dict(mode=mode, order="random", seed=1),
-        dict(mode=mode, order="descending"),
-    ):
-        with executed(**options):
-            scanned = decay_scan(*arrays(x), LAM, *arrays(h0), *args)
-            results.append([*scanned, *decay_scan_grad(*arrays(x), LAM, *arrays(h0), *args)])
-    for other in results[1:]:
-        assert all(map(mx.array_equal, other, results[0]))
-
-
-@pytest.mark.parametrize("segments, limit", [(1, 1.1), (8, 1.6)])
-def test_traffic(monkeypatch, segments, limit):
-    """Bytes and 128-byte lines against the least: x read once, h or dx written once."""
-    monkeypatch.setattr(kernels, "segments", lambda B, N, D: segments)
-    x = mx.zeros((1, 256, 1, 64))
-    with executed(mode="traced") as calls:
-        decay_scan(x, LAM[:1])
-        decay_scan_grad(x, LAM[:1])
-    for call in calls:
-        lines = sum(t.read_lines + t.written_lines for t in call.traffic.values())
-        assert call.bytes() <= limit * 8 * x.size
-        assert 128 * lines <= limit * 8 * x.size * 1.01  # a few for lambda and the states

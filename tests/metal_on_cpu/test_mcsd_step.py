@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from metal_on_cpu import executed, needs_compiler
+from metal_on_cpu.references import EPS, block
 from mlx_mcsd import kernels
 from mlx_mcsd.config import ModelArgs
 from mlx_mcsd.mixers.mcsd import MCSD, decays, slopes
@@ -12,7 +13,6 @@ from oracle import relative_error
 
 pytestmark = needs_compiler
 
-EPS = 1e-6
 COUNTS = np.array([0, 1, 5000], np.int32)  # the first token, the second, and far on
 
 
@@ -24,27 +24,6 @@ def inputs(C, Dc, B=3):
     begun = (count > 0)[:, None, None]
     states = [begun * rng.standard_normal((B, C, Dc)).astype(np.float32) for _ in "AH"]
     return tokens, states, count, rng.uniform(0.5, 2, C * Dc).astype(np.float32)
-
-
-def block(tokens, states, count, gain, concat=False, mask=None, reset=None):
-    """The same in NumPy float64, Eqs. 3-20 for one token: theta, A, H, count."""
-    U, V, E, F = (t[:, 0].astype(np.float64) for t in tokens)  # (B, C, Dc)
-    B, C, Dc = U.shape
-    m = np.ones((B, 1), bool) if mask is None else mask
-    r = m & reset if reset is not None else ~m & m
-    A, H = (np.where(r[..., None], 0, s.astype(np.float64)) for s in states)
-    n = np.where(r[:, 0], 0, count)
-    beta, alpha = np.array(slopes(C))[:, None], np.array(decays(C))[:, None]
-    Z = np.expm1(-np.maximum(n, 1)[:, None, None] * beta) / np.expm1(-beta)
-    first = (n == 0)[:, None, None]
-    V_past, E_past = np.where(first, V, A / (np.exp(-beta) * Z)), np.where(first, E, H)
-    slope = U * V_past / (1 + np.exp(-V_past))
-    norm = np.sqrt((E_past**2).mean(axis=-1, keepdims=True) + EPS)
-    decay = E_past / norm * gain.reshape(C, Dc) / (1 + np.exp(-F))
-    theta = np.concatenate([slope, decay], axis=-1) if concat else slope + decay
-    exists = m[..., None]
-    A, H = np.where(exists, np.exp(-beta) * (A + V), A), np.where(exists, alpha * (H + E), H)
-    return theta.reshape(B, 1, -1), A, H, n + m[:, 0]
 
 
 def step(tokens, states, count, gain, concat=False, mask=None, reset=None):
@@ -109,31 +88,6 @@ def test_narrow_inputs(dtype):
     assert relative_error(np.array(theta.astype(mx.float32)), want[0]) <= ulp
     for g, w in zip(state[:2], want[1:3], strict=True):
         assert relative_error(np.array(g), w) <= 2e-7
-
-
-@pytest.mark.parametrize("mode", ["sanitized", "traced"])
-def test_memory(mode):
-    """Nothing outside the arrays, nothing unwritten, no race; the same bits in any order."""
-    args = inputs(3, 60)
-    flags = dict(
-        mask=np.array([[True], [False], [True]]), reset=np.array([[True], [True], [False]])
-    )
-    results = []
-    for options in ({}, dict(mode=mode, order="random", seed=1)):
-        with executed(**options):
-            results.append(step(*args, **flags))
-    assert all(map(mx.array_equal, *results))
-
-
-@pytest.mark.parametrize("concat, least", [(False, 40), (True, 44)], ids=["add", "concat"])
-def test_traffic(concat, least):
-    """Bytes and 128-byte lines per feature against the least: each array and the gain once."""
-    args = inputs(2, 256, B=1)
-    with executed(mode="traced") as calls:
-        step(*args, concat)
-    lines = sum(t.read_lines + t.written_lines for t in calls[0].traffic.values())
-    assert calls[0].bytes() <= 1.1 * least * 2 * 256
-    assert 128 * lines <= 1.1 * least * 2 * 256
 
 
 @pytest.mark.parametrize("projection", ["dense", "channel"])

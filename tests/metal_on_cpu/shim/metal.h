@@ -111,9 +111,10 @@ using floating = std::enable_if_t<is_floating_point_v<T>, T>;
 template <class T>
 using number = std::enable_if_t<is_floating_point_v<T> || std::is_integral_v<T>, T>;
 #define METAL_UNARY(name, f) \
-  template <class T> floating<T> name(T v) { float x = float(v); return T(f); }
+  template <class T> floating<T> name(T v) { float x = float(v); return T(METAL_ROUND(f)); }
 #define METAL_BINARY(name, f) \
-  template <class T> floating<T> name(T v, T w) { float x = float(v), y = float(w); return T(f); }
+  template <class T> floating<T> name(T v, T w) { float x = float(v), y = float(w); return T(METAL_ROUND(f)); }
+#define METAL_ROUND(f) f
 #define METAL_MATH                                                                              \
   METAL_UNARY(exp, __builtin_expf(x)) METAL_UNARY(exp2, __builtin_exp2f(x))                     \
   METAL_UNARY(exp10, __builtin_powf(10.f, x)) METAL_UNARY(log, __builtin_logf(x))               \
@@ -140,8 +141,12 @@ using number = std::enable_if_t<is_floating_point_v<T> || std::is_integral_v<T>,
   template <class T> number<T> clamp(T x, T low, T high) { return min(max(x, low), high); }     \
   template <class T> number<T> abs(T x) { return x < T(0) ? T(-x) : x; }
 METAL_MATH
-namespace fast { METAL_MATH }
 namespace precise { METAL_MATH }
+// Metal's fast functions lose digits, some of them most for large arguments: here always 8 bits.
+#undef METAL_ROUND
+#define METAL_ROUND(f) metal::as_fast(f)
+inline float as_fast(float x) { return as_type<float>(as_type<uint32_t>(x) & ~0xFFu); }
+namespace fast { METAL_MATH }
 template <class T> T select(T a, T b, bool c) { return c ? b : a; }
 template <class T> floating<T> mix(T a, T b, T t) { return T(float(a) + (float(b) - float(a)) * float(t)); }
 template <class T> floating<T> sign(T x) { return T(float(x) > 0 ? 1.f : float(x) < 0 ? -1.f : 0.f); }

@@ -1,0 +1,1 @@
+"""Bugs to plant in our kernels: a title, a text found once there, and what stands in its place."""
