@@ -1,7 +1,9 @@
 """The command: ``python -m mlx_mcsd.convert --hf-path SOURCE --mlx-path TARGET``."""
 
+import json
+
 from mlx_mcsd.cli import Parser, integer
-from mlx_mcsd.errors import MCSDError, exits_cleanly
+from mlx_mcsd.errors import exits_cleanly
 
 
 def setup_arg_parser():
@@ -14,7 +16,7 @@ def setup_arg_parser():
         "--hf-path",
         "--model",
         required=True,
-        help="the source: a directory with config.json and safetensors, or a hub id",
+        help="the source: a directory or a file of safetensors or torch weights, or a hub id",
     )
     p.add_argument(
         "--mlx-path",
@@ -39,21 +41,55 @@ def setup_arg_parser():
         default="affine",
         help="quantization mode (default: %(default)s)",
     )
+    p.add_argument(
+        "--q-rule",
+        dest="q_rules",
+        metavar="REGEX=SETTING",
+        action="append",
+        default=[],
+        help="quantize the matrices whose whole path matches otherwise: REGEX=BITS, "
+        "REGEX=BITS:GROUP, REGEX=mxfp4 (or another mode) or REGEX=float; the first rule that "
+        "matches decides; repeatable",
+    )
+    p.add_argument(
+        "--name-map",
+        metavar="FILE",
+        help="a JSON file of rules for a source with names of its own (see convert/README.md)",
+    )
+    p.add_argument(
+        "--config",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="set a key of the config, before config.json; repeatable",
+    )
+    p.add_argument(
+        "--allow-nonfinite", action="store_true", help="take weights that are NaN or infinite"
+    )
+    p.add_argument(
+        "--dry-run", action="store_true", help="print the plan, tensor by tensor, and write nothing"
+    )
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return p
 
 
 @exits_cleanly
 def main(argv=None):
     """Run the command."""
-    args = setup_arg_parser().parse_args(argv)
-    if not args.quantize and (args.q_bits or args.q_group_size or args.q_mode != "affine"):
-        raise MCSDError(
-            "[convert] --q-bits, --q-group-size and --q-mode need -q but it is not set."
-        )
+    args = vars(setup_arg_parser().parse_args(argv))
+    as_json = args.pop("json")
     # MLX and mlx-lm take seconds to import; --help and a mistyped flag should not.
     from mlx_mcsd.convert.pipeline import convert
 
-    print(f"Wrote {convert(**vars(args))}")
+    report = convert(**args)
+    if as_json:
+        print(json.dumps(report.json(), indent=2))
+    else:
+        for note in report.plan.notes:
+            print(f"[INFO] {note}")
+        if not report.written:
+            print(report.table())
+        print(f"{'Wrote' if report.written else 'Would write'} {report.target}: {report.summary()}")
 
 
 if __name__ == "__main__":

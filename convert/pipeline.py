@@ -1,4 +1,4 @@
-"""A conversion from start to end: open the source, match the names, cast, quantize, write."""
+"""A conversion from start to end: open the source, plan, write, compare, rename into place."""
 
 import shlex
 import shutil
@@ -8,20 +8,35 @@ from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 from google.protobuf.message import DecodeError
-from mlx.utils import tree_map
-from mlx_lm.utils import quantize_model
+from mlx_lm.utils import save_config
+from tqdm import tqdm
 
 from mlx_mcsd.errors import MCSDError
-from mlx_mcsd.loading import load_tokenizer, one_line, some
-from mlx_mcsd.model import Model
+from mlx_mcsd.loading import load_tokenizer, one_line
 from mlx_mcsd.tokenizer import save_tokenizer
 
-from . import mapping, writing
+from . import quantization, writing
 from .checkpoint import Checkpoint
+from .locate import own
+from .plan import make_plan
+from .report import Report
+from .streaming import Reader, fingerprint
+from .weights import Shards
 
 DTYPES = ("float16", "bfloat16", "float32")
-# Group size and bits where none are asked for, as in mlx-lm.
-QUANTIZATION = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
+
+# Taken over byte for byte where they are.
+COPIED = ("generation_config.json", "LICENSE")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 def convert(
@@ -33,21 +48,32 @@ def convert(
     q_bits=None,
     q_group_size=None,
     q_mode="affine",
+    q_rules=(),
+    name_map=None,
+    config=(),
+    allow_nonfinite=False,
+    dry_run=False,
 ):
     """Convert a checkpoint to a directory that `mlx_mcsd.load` and the mlx-lm commands load.
 
     Args:
-        hf_path: a directory in the checkpoint layout, or a hub id.
+        hf_path: a directory in the checkpoint layout, a file of weights, or a hub id.
         mlx_path: the directory to make; it must not exist.
         dtype: "float32", "float16" or "bfloat16", of all weights that are not quantized; None keeps
             the source's types.
-        quantize: quantize every matrix whose width is a multiple of the group size.
+        quantize: quantize every matrix whose width is a multiple of a group size.
         q_bits: bits per quantized weight; None is the mode's usual number.
         q_group_size: weights that share a scale; None is the mode's usual number.
         q_mode: "affine", "mxfp4", "nvfp4" or "mxfp8".
+        q_rules: exceptions for some matrices, "REGEX=8", "REGEX=4:32", "REGEX=mxfp4" or
+            "REGEX=float"; the first whose expression matches the whole path of a module decides.
+        name_map: a JSON file of rules for a source with names of its own, see `naming`.
+        config: "KEY=VALUE" texts, which go before `config.json`.
+        allow_nonfinite: take weights that are NaN or infinite.
+        dry_run: plan everything, but read no weights and write nothing.
 
     Returns:
-        The directory made, a `Path`.
+        A `Report`.
 
     Raises:
         MCSDError: for whatever is wrong with the source, the target or the options. Nothing is
@@ -55,44 +81,72 @@ def convert(
     """
     target = new_directory(mlx_path)
     check_choice("--dtype", dtype, (None, *DTYPES))
-    check_choice("--q-mode", q_mode, QUANTIZATION)
-    usual_group, usual_bits = QUANTIZATION[q_mode]
-    group_size = usual_group if q_group_size is None else q_group_size
-    bits = usual_bits if q_bits is None else q_bits
-    if quantize:
-        check_quantization(group_size, bits, q_mode)
+    check_choice("--q-mode", q_mode, quantization.USUAL)
+    if not quantize and (q_bits or q_group_size or q_rules or q_mode != "affine"):
+        raise MCSDError(
+            "[convert] --q-bits, --q-group-size, --q-mode and --q-rule need -q but it is not set."
+        )
+    settings = quantization.settings(q_mode, q_bits, q_group_size) if quantize else None
 
     source = Checkpoint(hf_path)
-    model = Model(source.args)
-    mapping.fill(model, source)
-    with TemporaryDirectory() as scratch:
-        tokenizer = find_tokenizer(source, Path(scratch))
-        if dtype is not None:
-            check_range(source, getattr(mx, dtype))
-            model.update(tree_map(lambda w: w.astype(getattr(mx, dtype)), model.parameters()))
-        stored = str(model.model.embed_tokens.weight.dtype).removeprefix("mlx.core.")
-        config = {k: v for k, v in source.config.items() if k not in ("auto_map", "_name_or_path")}
-        config |= {"dtype": stored, "torch_dtype": stored, "model_file": writing.SHIM_NAME}
-        if quantize:
-            report_unquantized(model, group_size)
-            model, config = quantize_model(model, config, group_size, bits, mode=q_mode)
+    cast = dtype and getattr(mx, dtype)
+    plan = make_plan(
+        source, dtype=cast, settings=settings, q_rules=q_rules, name_map=name_map, config=config
+    )
+    path = Path(hf_path)
+    if path.is_dir():
+        path = path.resolve()
+    origin = path.name if path.exists() else str(hf_path)
+    report = Report(origin, target, source.tensors, plan)
+    if dry_run:
+        return report
 
-        origin = str(hf_path) if not Path(hf_path).exists() else source.directory.resolve().name
-        options = ["--hf-path", origin, "--mlx-path", target.name]
-        options += ["--dtype", dtype] if dtype else []
-        if quantize:
-            options += ["-q", "--q-bits", str(bits), "--q-group-size", str(group_size)]
-            options += ["--q-mode", q_mode]
-        writing.write(
-            target,
-            model,
-            config,
-            source=source.directory,
-            tokenizer=tokenizer,
-            origin=origin,
-            options=shlex.join(options),
-        )
-    return target
+    options = ["--hf-path", origin, "--mlx-path", target.name]
+    options += ["--dtype", dtype] if dtype else []
+    if quantize:
+        options += ["-q", "--q-bits", str(settings["bits"]), "--q-mode", q_mode]
+        options += ["--q-group-size", str(settings["group_size"])]
+        options += [word for rule in q_rules for word in ("--q-rule", rule)]
+    options += ["--name-map", Path(name_map).name] if name_map is not None else []
+    options += [word for text in config for word in ("--config", text)]
+    options += ["--allow-nonfinite"] if allow_nonfinite else []
+    with writing.directory(target) as out:
+        save_config(plan.config | {"model_file": writing.SHIM_NAME}, out / "config.json")
+        (out / writing.SHIM_NAME).write_text(writing.SHIM)
+        copy(COPIED, source.directory, out)
+        add_tokenizer(source.directory, plan.args, out)
+        write_weights(out, plan, Reader(source, cast, allow_nonfinite))
+        card = writing.card(target.name, origin, shlex.join(options))
+        (out / "README.md").write_text(card)
+    report.written = True
+    return report
+
+
+def write_weights(out, plan, reader):
+    """Write the weights of a plan, and read them back."""
+    if plan.head:
+        embedding = next(p for p in plan.parameters if p.name == "model.embed_tokens.weight")
+        (part,) = embedding.parts
+        if fingerprint(reader.read(plan.head)) != fingerprint(reader.read(part.source)):
+            raise MCSDError(
+                f"[convert] {plan.head} must equal {part.source} with tie_word_embeddings true but "
+                "differs; --config tie_word_embeddings=false takes the head as it is."
+            )
+    stored = [parameter.stored() for parameter in plan.parameters]
+    with Shards(out, stored, plan.size, {"format": "mlx"}) as shards:
+        for parameter, names in zip(
+            tqdm(plan.parameters, unit="tensor", disable=None), stored, strict=True
+        ):
+            for rows in reader.rows(parameter):
+                packed = (
+                    [rows]
+                    if parameter.settings is None
+                    else mx.quantize(rows, **parameter.settings)
+                )
+                for name, part in zip(names, packed, strict=True):
+                    shards.append(name, part)
+            mx.clear_cache()
+        shards.verify()
 
 
 def new_directory(path):
@@ -121,72 +175,51 @@ def check_choice(flag, value, choices):
         raise MCSDError(f"[convert] {flag} must be one of {wanted} but got {value!r}.")
 
 
-def check_range(checkpoint, dtype):
-    """Refuse a weight that is finite in the source and not in `dtype`."""
-    # Read anew and let go one by one: what is evaluated through the model would stay in memory.
-    weights = checkpoint.read()
-    while weights:
-        name, weight = weights.popitem()
-        if not mx.array_equal(mx.isfinite(weight), mx.isfinite(weight.astype(dtype))):
-            limit = mx.finfo(dtype).max
-            raise MCSDError(
-                f"[convert] {name} must lie within {limit:g} for this --dtype but does not; use "
-                "float32."
-            )
+def copy(names, source, out):
+    """Copy the files there are of some names."""
+    for name in names:
+        if own(source, name).exists():
+            shutil.copyfile(source / name, out / name)
 
 
-def check_quantization(group_size, bits, mode):
-    """Let MLX judge the settings on a row of zeros, before any work."""
-    # Far above what MLX knows; beyond the integers it counts in, it cannot even say so.
-    if not (0 < group_size <= 1024 and 0 < bits <= 32):
-        raise MCSDError(
-            "[convert] --q-group-size must be from 1 to 1024 and --q-bits from 1 to 32 but got "
-            f"{group_size} and {bits}."
-        )
-    try:
-        mx.quantize(mx.zeros((1, 32 * group_size)), group_size, bits, mode)
-    except ValueError as error:
-        raise MCSDError(one_line(error)) from None
+def add_tokenizer(source, args, out):
+    """Add a tokenizer to a directory with a config: the source's, or one of its `tokenizer.model`.
 
+    Where there is neither, or none can be made, a warning says why.
 
-def find_tokenizer(checkpoint, scratch):
-    """Return a directory with a tokenizer that loads and fits the model.
-
-    It is the source's own where that has a `tokenizer.json`, else `scratch`, where one is made of
-    its `tokenizer.model`; None, after a warning that says why, where neither can be.
+    Raises:
+        MCSDError: if the source's `tokenizer.json` does not load or does not fit the model.
     """
-    directory = checkpoint.directory
-    if (directory / "tokenizer.json").exists():
-        load_tokenizer(directory)
-        return directory
-    reason = f"no tokenizer.json in {directory}"
-    if (directory / "tokenizer.model").exists():
-        try:
-            proto = (directory / "tokenizer.model").read_bytes()
-            save_tokenizer(scratch, proto, checkpoint.args.max_position_embeddings)
-            for name in ("config.json", "chat_template.jinja"):
-                if (directory / name).exists():
-                    shutil.copyfile(directory / name, scratch / name)
-            load_tokenizer(scratch)
-            return scratch
-        except (MCSDError, DecodeError, OSError) as error:
-            why = one_line(error).replace(str(scratch), str(directory)).rstrip(".")
-            reason += f", and none can be made of its tokenizer.model: {why}"
-    print(f"warning: converting without a tokenizer: {reason}.", file=sys.stderr)
-    return None
+    with TemporaryDirectory() as name:
+        scratch = Path(name)
+        shutil.copyfile(out / "config.json", scratch / "config.json")
+        if own(source, "tokenizer.json").exists():
+            copy(TOKENIZER_FILES, source, scratch)
+            reason = check_tokenizer(scratch, source)
+            if reason:
+                raise MCSDError(reason)
+        else:
+            reason = f"no tokenizer.json in {source}"
+            if own(source, "tokenizer.model").exists():
+                copy(("chat_template.jinja",), source, scratch)
+                try:
+                    proto = (source / "tokenizer.model").read_bytes()
+                    save_tokenizer(scratch, proto, args.max_position_embeddings)
+                    why = check_tokenizer(scratch, source)
+                except (MCSDError, DecodeError) as error:
+                    why = one_line(error)
+                why = why.rstrip(".")
+                reason = why and f"{reason}, and none can be made of its tokenizer.model: {why}"
+        if reason:
+            print(f"warning: converting without a tokenizer: {reason}.", file=sys.stderr)
+        else:
+            copy(TOKENIZER_FILES, scratch, out)
 
 
-def report_unquantized(model, group_size):
-    """Say in one line which matrices stay float because their width is no multiple of the group."""
-    layers = [(p, m) for p, m in model.named_modules() if hasattr(m, "to_quantized")]
-    odd = [path for path, module in layers if module.weight.shape[-1] % group_size]
-    if len(odd) == len(layers):
-        raise MCSDError(
-            "[convert] --q-group-size must divide the width of some matrix but "
-            f"{group_size} divides none; use a smaller one, or no -q."
-        )
-    if odd:
-        print(
-            f"[INFO] {len(odd)} of {len(layers)} matrices stay float, "
-            f"their width being no multiple of {group_size}: {some(odd)}."
-        )
+def check_tokenizer(scratch, source):
+    """Say why a tokenizer copied from `source` does not load, or does not fit, or nothing."""
+    try:
+        load_tokenizer(scratch)
+    except MCSDError as error:
+        return str(error).replace(str(scratch), str(source))
+    return ""

@@ -1,11 +1,12 @@
-"""Writing a converted model: everything into a directory beside the target, then one rename."""
+"""A directory that is there complete or not at all: filled beside its place, then renamed."""
 
+import fcntl
 import os
 import shutil
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from glob import escape
 from pathlib import Path
-
-from mlx_lm.utils import save_config, save_model
+from secrets import token_hex
 
 from mlx_mcsd.errors import MCSDError
 from mlx_mcsd.loading import one_line
@@ -14,18 +15,7 @@ from mlx_mcsd.loading import one_line
 SHIM_NAME = "mcsd.py"
 SHIM = "from mlx_mcsd.model import Model, ModelArgs  # noqa: F401\n"
 
-# Taken over byte for byte where they are.
-COPIED = ("generation_config.json", "LICENSE")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 CARD = """---
 library_name: mlx
@@ -41,57 +31,95 @@ An MCSD language model in MLX format, converted from `{origin}` with
 
     python -m mlx_mcsd.convert {options}
 
-To run it:
+{verification}To run it:
 
     pip install mlx-mcsd
     python -m mlx_mcsd.generate --model {name} --prompt "Once upon a time"
 """
 
 
-def write(target, model, config, *, source, tokenizer, origin, options):
-    """Write a directory that `mlx_mcsd.load` and every mlx-lm command can load.
+def card(name, origin, options, verification=""):
+    """The README.md of a converted model.
 
     Args:
-        target: the directory to make; it must not exist.
-        model: the `Model`, whose parameters are written under their run-time names, in shards of at
-            most 5 GB, and given up.
-        config: the content of `config.json`, with `quantization` if quantized.
-        source: the directory whose other small files are copied.
-        tokenizer: the directory whose tokenizer is copied, or None.
-        origin: what the card calls the source.
-        options: the command's options, for the card.
-
-    Raises:
-        MCSDError: when the disk refuses; nothing is left behind then.
+        name: of its directory.
+        origin: what it calls the source.
+        options: the command's options.
+        verification: a sentence on how the result was compared with the source, or nothing.
     """
-    with directory(target) as out:
-        save_model(out, model, donate_model=True)
-        save_config(config, out / "config.json")
-        (out / SHIM_NAME).write_text(SHIM)
-        files = [source / name for name in COPIED]
-        files += [tokenizer / name for name in TOKENIZER_FILES] if tokenizer else []
-        for file in files:
-            if file.exists():
-                shutil.copyfile(file, out / file.name)
-        card = CARD.format(name=target.name, origin=origin, options=options)
-        (out / "README.md").write_text(card)
+    paragraph = f"{verification}\n\n" if verification else ""
+    return CARD.format(name=name, origin=origin, options=options, verification=paragraph)
 
 
 @contextmanager
 def directory(target):
-    """A directory to fill, renamed to `target` when the block ends well and removed when not."""
+    """A directory to fill, renamed to `target` when the block ends well and removed when not.
+
+    What a killed run left of the same target is removed first. A run holds a lock on its directory
+    for as long as it lives, which the system lets go of however it dies.
+    """
     target = Path(target)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     new_parents = [parent for parent in target.parents if not parent.exists()]
+    partial = lock = None
     try:
-        partial.mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(target)
+        partial, lock = make_partial(target)
         yield partial
+        for file in partial.rglob("*"):
+            flush(file)
+        flush(partial)
         partial.rename(target)
-    # mlx raises RuntimeError where a file cannot be written.
-    except (OSError, RuntimeError) as error:
+        flush(target.parent)
+    except OSError as error:
         raise MCSDError(f"[convert] {target} could not be written: {one_line(error)}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
         for parent in new_parents:  # the innermost first; one that holds something stays
             with suppress(OSError):
                 parent.rmdir()
+
+
+def make_partial(target):
+    """Make a locked directory beside the target; returns its path and the lock."""
+    while True:
+        partial = target.with_name(f".{target.name}.{token_hex(4)}.partial")
+        partial.mkdir()
+        # Until it is locked another run may take it for stale and remove it.
+        with suppress(FileNotFoundError):
+            lock = os.open(partial, DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                continue
+            except OSError:
+                pass  # a file system without locks, where no run removes what another left
+            if partial.exists():
+                return partial, lock
+            os.close(lock)
+
+
+def remove_stale(target):
+    """Remove the partial directories of a target that no living process holds."""
+    for partial in target.parent.glob(f".{escape(target.name)}.{'[0-9a-f]' * 8}.partial"):
+        with suppress(OSError):  # no directory, not ours, or gone meanwhile
+            lock = os.open(partial, DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(partial)
+            finally:
+                os.close(lock)
+
+
+def flush(path):
+    """Make sure that a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # Some file systems have nothing to flush for a directory, and say so.
+        with suppress(OSError) if path.is_dir() else nullcontext():
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

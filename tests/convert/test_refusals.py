@@ -8,10 +8,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from converting import convert, edit_json, refused
-from mlx_mcsd.convert import pipeline, writing
+from mlx_mcsd.convert import pipeline, quantization
 from mlx_mcsd.convert.__main__ import setup_arg_parser
 from mlx_mcsd.errors import MCSDError
-from mlx_mcsd.mixers import base, mcsd
 
 
 def weights_file(source):
@@ -53,11 +52,10 @@ E_PROJ, U_PROJ = (
 )
 
 REFUSED = {
-    "no config": (lambda s: (s / "config.json").unlink(), "config.json is missing"),
     "config no JSON": (lambda s: (s / "config.json").write_text("{"), "must hold JSON"),
     "config no object": (lambda s: (s / "config.json").write_text("[]"), "JSON object"),
     "unknown key": (lambda s: edit_json(s / "config.json", hiden_act="x"), "hiden_act"),
-    "key missing": (lambda s: edit_json(s / "config.json", num_channels=None), "num_channels"),
+    "key no number": (lambda s: edit_json(s / "config.json", hidden_size=True), "hidden_size"),
     "other model": (lambda s: edit_json(s / "config.json", model_type="llama"), "llama"),
     "no weights": (lambda s: weights_file(s).unlink(), "no weights"),
     "empty weights": (lambda s: weights_file(s).write_bytes(b""), "whole safetensors"),
@@ -87,11 +85,11 @@ REFUSED = {
     "tensor unexpected": (lambda s: change(s, x__weight=zeros(3)), "unexpected x.weight"),
     "both": (
         lambda s: change(s, **{E_PROJ: None, "y": zeros(3)}),
-        "missing model.layers.1.mixer.e_proj.weight; unexpected y.",
+        "missing model.layers.1.mixer.e_proj.weight; unexpected y; ",
     ),
     "shape": (
-        lambda s: change(s, **{U_PROJ: zeros(64, 64)}),
-        "model.layers.0.mixer.u_proj.weight must have shape (2, 32, 32) but has (64, 64)",
+        lambda s: change(s, **{U_PROJ: zeros(64, 32)}),
+        "model.layers.0.mixer.u_proj.weight must have shape (2, 32, 32) or (64, 64) but has (64,",
     ),
     "type": (lambda s: change(s, **{U_PROJ: zeros(2, 32, 32, dtype=np.int32)}), "I32"),
     "beyond float32": (
@@ -132,7 +130,6 @@ def test_refused_source(source, target, spoil, complaint, capsys):
         (["-q", "--q-bits", "7"], "bits 7"),
         (["-q", "--q-bits", "0"], "--q-bits"),
         (["-q", "--q-group-size", "48"], "group size 48"),
-        (["-q", "--q-group-size", "128"], "128 divides none"),
         (["-q", "--q-group-size", "67108864"], "--q-group-size"),
         (["-q", "--q-group-size", "9" * 30], "--q-group-size"),
         (["-q", "--q-mode", "mxfp4", "--q-bits", "8"], "mxfp4"),
@@ -145,22 +142,6 @@ def test_refused_flags(source, target, flags, complaint, capsys):
     """Flags that make no sense, alone or together."""
     assert complaint in refused(capsys, "--hf-path", source, "--mlx-path", target, *flags)
     assert [path.name for path in target.parent.iterdir()] == ["source"]
-
-
-def test_mixer_without_a_row(source, target, capsys, monkeypatch):
-    """A mixer the table does not know is refused by name, although the model has a place for it."""
-
-    class Biased(mcsd.MCSD):
-        def __init__(self, args):
-            super().__init__(args)
-            self.gain = mx.zeros(1)
-
-    monkeypatch.setitem(base._REGISTRY, "biased", Biased)
-    edit_json(source / "config.json", mixer="biased")
-    change(source, **{f"model__layers__{i}__mixer__gain": zeros(1) for i in range(2)})
-    line = refused(capsys, "--hf-path", source, "--mlx-path", target)
-    assert "table of names must have model.layers.0.mixer.gain" in line
-    assert not target.exists()
 
 
 @pytest.mark.parametrize("path", ["nowhere", "nobody/nothing"])
@@ -199,10 +180,14 @@ def test_overflowing_weight(source, target, dtype, value, capsys):
     assert not target.exists()
 
 
-def test_infinite_weights_stay(source, target):
-    """What is infinite in the source is no overflow."""
+def test_infinite_weights(source, target, capsys):
+    """What is infinite in the source is refused by name; insisted on it stays, as no overflow."""
     change(source, model__norm__weight=np.full(64, np.inf, np.float32))
-    convert(source, target, "--dtype", "float16")
+    flags = ["--dtype", "float16"]
+    line = refused(capsys, "--hf-path", source, "--mlx-path", target, *flags)
+    assert "model.norm.weight must be finite but 64 of its 64 numbers are NaN or infinite" in line
+    assert not target.exists()
+    convert(source, target, *flags, "--allow-nonfinite")
     assert mx.isinf(mx.load(str(target / "model.safetensors"))["model.norm.weight"]).all()
 
 
@@ -227,7 +212,7 @@ def test_choices_of_the_command():
     """The parser offers what the function takes, without importing it."""
     choices = {action.dest: action.choices for action in setup_arg_parser()._actions}
     assert choices["dtype"] == list(pipeline.DTYPES)
-    assert choices["q_mode"] == list(pipeline.QUANTIZATION)
+    assert choices["q_mode"] == list(quantization.USUAL)
 
 
 def test_source_is_required(capsys):
@@ -247,47 +232,3 @@ def test_target_in_new_directories(source, target):
     """Parents of the target are made."""
     convert(source, target / "a" / "b")
     assert (target / "a" / "b" / "config.json").exists()
-
-
-def test_failing_in_new_directories(source, target, monkeypatch, capsys):
-    """Parents that were made go again; those that were there, or hold something else, stay."""
-    (target / "mine").mkdir(parents=True)
-
-    def stop(*_):
-        (target / "mine" / "new" / "other").touch()
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(writing, "save_config", stop)
-    path = target / "mine" / "new" / "a" / "b"
-    assert "No space" in refused(capsys, "--hf-path", source, "--mlx-path", path)
-    assert {p.name for p in target.rglob("*")} == {"mine", "new", "other"}
-    (target / "mine" / "new" / "other").unlink()
-    monkeypatch.setattr(writing, "save_config", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        convert(source, path / "c")
-    assert {p.name for p in target.rglob("*")} == {"mine", "new"}
-
-
-@pytest.mark.parametrize(
-    "error, status",
-    [
-        pytest.param(OSError(28, "No space left on device"), 1, id="disk full"),
-        pytest.param(RuntimeError("[write] Unable to write 9 bytes to file."), 1, id="mlx"),
-        pytest.param(KeyboardInterrupt(), 130, id="Ctrl-C"),
-    ],
-)
-def test_stopped_while_writing(source, target, monkeypatch, error, status, capsys):
-    """However the writing ends early, no trace of it stays."""
-
-    def stop(*_, **__):
-        (partial,) = (p for p in target.parent.iterdir() if p != source)
-        assert (partial / "model.safetensors").exists(), "too early to prove anything"
-        raise error
-
-    monkeypatch.setattr(writing, "save_config", stop)
-    with pytest.raises(SystemExit) as exit:
-        convert(source, target)
-    assert exit.value.code == status
-    assert [path.name for path in target.parent.iterdir()] == ["source"]
-    if status == 1:
-        assert "could not be written" in capsys.readouterr().err
