@@ -1,7 +1,8 @@
 """A conversation as the text a model reads: its chat template, or a plain one where it has none.
 
-The plain one is the messages, each on lines of its own, with no names before them: a model that was
-never taught to chat goes on with a text, and this is a text that two write in turn.
+The plain one has no names in it. A model that was never taught to chat goes on with a text, so this
+is a text that two write in turn: a reply goes on where the message before it ends, and the message
+after it begins a line.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,11 @@ def render(tokenizer, messages: Sequence[Message], *, reply: bool = False, **opt
         MCSDError: if the chat template refuses the messages.
     """
     if not tokenizer.has_chat_template:
-        return "".join(text if text.endswith("\n") else f"{text}\n" for _, text in messages)
+        text = ""
+        for role, content in messages:
+            begins_line = text and role != "assistant" and not text.endswith("\n")
+            text += f"\n{content}" if begins_line else content
+        return text
     from jinja2 import TemplateError
 
     try:

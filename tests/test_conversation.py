@@ -26,8 +26,9 @@ def with_template(tokenizer, template):
     return TokenizerWrapper(tokenizer._tokenizer)
 
 
-def test_without_a_template_messages_follow_each_other_on_lines(tokenizer):
-    assert render(tokenizer, TALK) == "Be kind.\nHi\na b\nBye\n"
+def test_without_a_template_two_write_one_text_in_turn(tokenizer):
+    assert render(tokenizer, TALK) == "Be kind.\nHi\na b\nBye"
+    assert render(tokenizer, [*TALK, ("assistant", " now.")]) == "Be kind.\nHi\na b\nBye now."
     assert render(tokenizer, TALK, reply=True) == render(tokenizer, TALK)
 
 

@@ -1,0 +1,207 @@
+"""Conversations kept in a directory: their messages, and the states to go on from.
+
+A session is ``ID.json``. Beside it may lie ``ID.state``, what the model remembers after the last
+message, and ``ID.base.state``, an uploaded state that comes before the first.
+"""
+
+import json
+import logging
+import re
+import secrets
+import time
+from pathlib import Path
+from threading import Lock
+
+from ..errors import MCSDError
+from ..files import write_atomically
+from ..state import HEADER_BYTES, State, fingerprint, state_bytes
+from .engine import Job
+from .prefixes import Entry, key
+from .prompts import Prompts, length
+from .protocol import APIError, Fields, parse_json, parse_messages
+
+log = logging.getLogger("mlx_mcsd.serve")
+
+ID = re.compile(r"[0-9a-f]{16}")
+TITLE = 80
+MOST = 1000
+"""Sessions kept; a request for more is refused."""
+
+
+class Sessions:
+    """The sessions of one model, in a folder of its own.
+
+    Args:
+        directory: where the folder is, or will be once there is something to keep.
+        prompts: finds and names the states.
+    """
+
+    def __init__(self, directory: Path, prompts: Prompts):
+        self.prompts, self.engine = prompts, prompts.engine
+        self.directory = directory / self.engine.call(lambda: fingerprint(self.engine.model))[:16]
+        self.state_limit = state_bytes(self.engine.model) + HEADER_BYTES
+        self._lock = Lock()
+
+    def list(self) -> list[dict]:
+        """Every session without its messages, the one used last first."""
+        found = []
+        for file in self.directory.glob("*.json"):
+            try:
+                session = self.get(file.stem)
+            except APIError as error:
+                log.warning("%s is left out: %s", file, error)
+                continue
+            found.append({**session, "messages": len(session["messages"])})
+        return sorted(found, key=lambda session: session["updated"], reverse=True)
+
+    def get(self, name: str) -> dict:
+        """A session, with its messages."""
+        file = self._file(name, "json")
+        if not ID.fullmatch(name) or not file.exists():
+            raise APIError(404, "there is no such session.", code="session_not_found")
+        content = parse_json(file.read_bytes())
+        fields = Fields(content)
+        messages = parse_messages(fields) if content.get("messages") else []
+        return {
+            "id": name,
+            "object": "session",
+            "title": fields.text("title", "", longest=TITLE),
+            "created": fields.integer("created", 0, 2**63, 0),
+            "updated": fields.integer("updated", 0, 2**63, 0),
+            "base_tokens": fields.integer("base_tokens", 0, 2**63, 0),
+            "state": fields.text("state", "", longest=2**16),
+            "messages": [{"role": role, "content": text} for role, text in messages],
+        }
+
+    def create(self, content: dict) -> dict:
+        """A new session, from a JSON body: messages, a title, a session whose base it shares."""
+        parent = Fields(content).text("base", longest=64)
+        tokens = 0 if parent is None else self.get(parent)["base_tokens"]
+        session = self._new(self._fields(content)) | {"base_tokens": tokens}
+        if tokens:
+            data = self._file(parent, "base.state").read_bytes()
+            write_atomically(self._file(session["id"], "base.state"), data)
+        return self._write(session)
+
+    def upload(self, data: bytes, title: str) -> dict:
+        """A new session that begins with an uploaded state, if it is one of this model's."""
+        try:
+            state = self.engine.call(lambda: State.from_bytes(data, self.engine.model, "the file"))
+        except MCSDError as error:
+            raise APIError(400, str(error), code="invalid_state") from error
+        tokens = state.tokens_seen + len(state.pending)
+        session = self._new({"title": title}) | {"base_tokens": tokens}
+        write_atomically(self._file(session["id"], "base.state"), data)
+        return self._write(session)
+
+    def update(self, name: str, content: dict) -> dict:
+        """Other messages, another title, or both; the state after them is kept if it is known."""
+        with self._lock:
+            session = self.get(name) | self._fields(content)
+            entry = self.engine.prefixes.get(self._key(session, self.base(name)))
+            session["state"] = _mark(entry) if entry and session["messages"] else ""
+            self._write(session)
+            if session["state"]:
+                write_atomically(self._file(name, "state"), self._bytes(entry, ""))
+        return session
+
+    def delete(self, name: str) -> dict:
+        """Remove a session and its states."""
+        with self._lock:
+            self.get(name)
+            for end in ("json", "state", "base.state"):
+                self._file(name, end).unlink(missing_ok=True)
+        return {"id": name, "object": "session.deleted", "deleted": True}
+
+    def base(self, name: str) -> Entry:
+        """What a session's text begins with; its newest state is brought back if it was dropped."""
+        session = self.get(name)
+        base = self.engine.base
+        if session["base_tokens"]:
+            named = f"base:{name}".encode()
+            base = self.engine.prefixes.get(named) or self._load(named, name, "base.state")
+        if session["state"] and self.engine.prefixes.get(named := self._key(session, base)) is None:
+            self._load(named, name, "state", base, session["state"])
+        return base
+
+    def state(self, name: str, command: str) -> bytes:
+        """The file of what the model remembers after the last message, read first if need be."""
+        session, base = self.get(name), self.base(name)
+        if not session["messages"]:
+            return self._bytes(base, command)
+        named = self._key(session, base)
+        if self.engine.prefixes.get(named) is None:
+            prompt = self.prompts.chat(_pairs(session), base, reply=False)
+            job = Job(prompt.start, prompt.segments, max_tokens=1)
+            self.engine.submit(job)
+            if isinstance(part := job.parts.get(), APIError):
+                raise part
+        if (entry := self.engine.prefixes.get(named)) is None:
+            raise APIError(503, "the state was dropped at once: --prompt-cache-bytes is too small.")
+        return self._bytes(entry, command)
+
+    def _bytes(self, entry: Entry, command: str) -> bytes:
+        def save():
+            state = State(self.engine.model)
+            state.restore(entry.snapshot)
+            return state.to_bytes(command)
+
+        return self.engine.call(save)
+
+    def _load(self, named: bytes, name: str, end: str, base: Entry | None = None, mark: str = ""):
+        """Keep the entry that a file holds; a state of other messages than ours is left alone."""
+        file = self._file(name, end)
+        try:
+            state = self.engine.call(lambda: State.load(file, self.engine.model))
+        except MCSDError as error:
+            if mark:  # it can be made again
+                log.warning("%s is left out: %s", file, error)
+                return None
+            raise APIError(409, str(error), code="invalid_state") from error
+        snapshot = state.snapshot()
+        entry = Entry(snapshot, length(snapshot) - length(base.snapshot) if base else 0)
+        if mark in ("", _mark(entry)):
+            self.engine.prefixes.add(named, entry)
+        return entry
+
+    def _key(self, session: dict, base: Entry) -> bytes:
+        return key(base.snapshot, self.prompts.render(_pairs(session), base))
+
+    def _fields(self, content: dict) -> dict:
+        fields = Fields(content)
+        given = {}
+        if "title" in fields.content:
+            given["title"] = fields.text("title", longest=TITLE)
+        if fields.content.get("messages") == []:
+            given["messages"] = []
+        elif "messages" in fields.content:
+            messages = parse_messages(fields)
+            given["messages"] = [{"role": role, "content": text} for role, text in messages]
+        return given
+
+    def _new(self, given: dict) -> dict:
+        if len(list(self.directory.glob("*.json"))) >= MOST:
+            raise APIError(409, f"at most {MOST} sessions are kept; delete some.")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        now = int(time.time())
+        session = {"id": secrets.token_hex(8), "object": "session", "title": ""}
+        session |= {"created": now, "updated": now, "base_tokens": 0, "state": "", "messages": []}
+        return session | given
+
+    def _write(self, session: dict) -> dict:
+        session["updated"] = int(time.time())
+        write_atomically(self._file(session["id"], "json"), json.dumps(session).encode())
+        return session
+
+    def _file(self, name: str, end: str) -> Path:
+        return self.directory / f"{name}.{end}"
+
+
+def _pairs(session: dict) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in session["messages"]]
+
+
+def _mark(entry: Entry) -> str:
+    """What tells the state of one text from that of another."""
+    snapshot = entry.snapshot
+    return f"{snapshot.hash}{list(snapshot.pending)}"
