@@ -18,6 +18,7 @@ import numpy as np
 
 from .arguments import check_scan
 from .errors import MCSDError
+from .pieces import in_pieces, send
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
@@ -28,7 +29,6 @@ SEGMENT_TOKENS = 32  # at least, or combining the segments costs more than they 
 STEP_FEATURES = 4  # of a lane, for one channel of one token: enough to outweigh its constants
 STEP_SIMDGROUPS = 16  # at most, for the same
 MIX_TOKENS = 16  # that a simdgroup takes in turn, its share of the gain held in registers
-DISPATCH_TOKENS = 32_768  # at most, so that no dispatch comes near the GPU's watchdog
 
 
 def available(dtype: mx.Dtype) -> bool:
@@ -71,7 +71,10 @@ def decay_scan(
         MCSDError: if a shape, a dtype or a decay is unfit.
     """
     lam, h0 = check_scan(x, lam, h0, mask, reset)
-    return _in_pieces(partial(_scan, lam), x, h0, mask, reset)
+    _check_dtype(x)
+    if x.size == 0:
+        return mx.zeros(x.shape, mx.float32), h0
+    return in_pieces(partial(_scan, lam), h0, x, mask, reset)
 
 
 def decay_scan_grad(
@@ -99,8 +102,10 @@ def decay_scan_grad(
         MCSDError: if a shape, a dtype or a decay is unfit.
     """
     lam, dlast = check_scan(dh, lam, dlast, mask, reset)
-    dx, dh0 = _in_pieces(partial(_scan_grad, lam, dtype), dh, dlast, mask, reset, backwards=True)
-    return dx.astype(dtype), dh0
+    _check_dtype(dh)
+    if dh.size == 0:
+        return mx.zeros(dh.shape, dtype), dlast
+    return in_pieces(partial(_scan_grad, lam, dtype), dlast, dh, mask, reset, backwards=True)
 
 
 def mcsd_step(
@@ -238,24 +243,12 @@ def mcsd_mix(
     return _differentiable(mix, mix_vjp)(U, V, E, F, A, H, n, gain)
 
 
-def _in_pieces(scan, x, state, mask, reset, backwards=False) -> tuple[mx.array, mx.array]:
-    """Run a scan over at most DISPATCH_TOKENS at a time, the state going from piece to piece."""
+def _check_dtype(x) -> None:
     if x.dtype not in DTYPES:
         raise MCSDError(f"[kernels] kernels read {', '.join(map(str, DTYPES))} but got {x.dtype}.")
-    if x.size == 0:
-        return mx.zeros(x.shape, mx.float32), state
-    N = x.shape[1]
-    if N <= DISPATCH_TOKENS:
-        return scan(x, state, mask, reset)
-    starts = range(0, N, DISPATCH_TOKENS)
-    outputs = {}
-    for a in reversed(starts) if backwards else starts:
-        part = [None if v is None else v[:, a : a + DISPATCH_TOKENS] for v in (x, mask, reset)]
-        outputs[a], state = scan(part[0], state, *part[1:])
-    return mx.concatenate([outputs[a] for a in starts], axis=1), state
 
 
-def _scan(lam, x, h0, mask, reset) -> tuple[mx.array, mx.array]:
+def _scan(lam, h0, x, mask, reset) -> tuple[mx.array, mx.array]:
     """One piece of the scan, with its gradient."""
 
     def launch(x, h0, mask, reset):
@@ -263,13 +256,14 @@ def _scan(lam, x, h0, mask, reset) -> tuple[mx.array, mx.array]:
 
     def vjp(primals, cotangents, _):
         x, _, mask, reset = primals
-        dx, dh0 = _scan_grad(lam, x.dtype, *cotangents, mask, reset)
+        dh, dlast = cotangents
+        dx, dh0 = _scan_grad(lam, x.dtype, dlast, dh, mask, reset)
         return dx, dh0, mask, reset  # the last two stand where there is no gradient
 
     return _differentiable(launch, vjp)(x, h0, mask, reset)
 
 
-def _scan_grad(lam, dtype, dh, dlast, mask, reset) -> tuple[mx.array, mx.array]:
+def _scan_grad(lam, dtype, dlast, dh, mask, reset) -> tuple[mx.array, mx.array]:
     """One piece of the adjoint."""
     return _launch("decay_scan_grad", [("T", dtype)], lam, dh, dlast, mask, reset)
 
@@ -290,17 +284,14 @@ def _differentiable(launch, vjp):
 def _only_exports(x: mx.array) -> bool:
     """Tell whether x is traced for an export, on a machine that could not run the kernel anyway.
 
-    MLX exports a kernel but no `custom_function`, and has no call that says what a trace is for.
-    Under an export nothing can be evaluated; what is differentiated begins as a copy.
+    MLX exports a kernel but no `custom_function`, so a bare kernel is exported, unless a gradient
+    is traced: only its graph says that, in which what is differentiated begins as a copy.
     """
-    if mx.metal.is_available():
-        return False  # never evaluated there; to export a model from a Mac, turn kernels off
-    try:
-        mx.eval(x)
-    except ValueError:
-        mx.export_to_dot(graph := io.StringIO(), x)
-        return '"Copy"' not in graph.getvalue()
-    return False
+    # Nothing is evaluated on a Mac here; to export a model from there, turn kernels off.
+    if mx.metal.is_available() or send(x):
+        return False
+    mx.export_to_dot(graph := io.StringIO(), x)
+    return '"Copy"' not in graph.getvalue()
 
 
 SIGNATURES = {

@@ -130,17 +130,6 @@ def test_a_slice_is_read_as_it_lies():
     assert set(path) <= {"Reshape", "Unflatten", "Split"}
 
 
-@pytest.mark.parametrize("grad", [False, True])
-def test_long_inputs_are_cut(monkeypatch, grad):
-    monkeypatch.setattr(kernels, "DISPATCH_TOKENS", 100)
-    form = kernels.decay_scan_grad if grad else kernels.decay_scan
-    found = launches(
-        lambda x, m: form(x, LAM, None, m), mx.zeros((1, 250, 3, 2)), mx.ones((1, 250)) > 0
-    )
-    lengths = [shape[1] for *_, shape in found]
-    assert lengths == ([50, 100, 100] if grad else [100, 100, 50])
-
-
 @pytest.mark.parametrize(
     "B, N, D, S",
     [

@@ -27,6 +27,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from .. import kernels, sharding
 from ..config import ModelArgs
+from ..pieces import in_pieces
 from ..recurrence import count_tokens, scan
 from .base import Mixer, State, register
 
@@ -226,18 +227,24 @@ class MCSD(Mixer):
 
     def _by_kernels(self, projected, past, count, mask, reset) -> tuple[mx.array, State]:
         """Return theta (B, N, D or 2D) and the new state of a slope and a decay section."""
-        tokens = U, V, E, _ = [projected[p] for p in "uvef"]
+        tokens = [projected[p] for p in "uvef"]
         gain = self.decay_norm.weight
         options = dict(beta=self._slopes, eps=self.decay_norm.eps, concat=self.concat)
-        if U.shape[1] == 1 and not self.training:  # the step has no gradient
+        N = tokens[0].shape[1]
+        if N == 1 and not self.training:  # the step has no gradient
             theta, *state = kernels.mcsd_step(
                 *tokens, *past, count, gain, alpha=self._decays, mask=mask, reset=reset, **options
             )
             return theta, state
-        n, count = count_tokens(count, U.shape[1], mask, reset)
-        A, past[0] = scan(V, self._lam["slope"], past[0], mask, reset)
-        H, past[1] = scan(E, self._lam["decay"], past[1], mask, reset)
-        return kernels.mcsd_mix(*tokens, A, H, n, gain, **options), [*past, count]
+        n, count = count_tokens(count, N, mask, reset)
+
+        def run(past, U, V, E, F, n, mask, reset):
+            A, A_last = scan(V, self._lam["slope"], past[0], mask, reset)
+            H, H_last = scan(E, self._lam["decay"], past[1], mask, reset)
+            return kernels.mcsd_mix(U, V, E, F, A, H, n, gain, **options), [A_last, H_last]
+
+        theta, past = in_pieces(run, past, *tokens, n, mask, reset)
+        return theta, [*past, count]
 
     def _output(self, theta: mx.array) -> mx.array:
         """Return y (B, N, D) of the theta of the channels held here."""

@@ -9,7 +9,7 @@ import pytest
 
 from metal_on_cpu import executed, needs_compiler
 from metal_on_cpu.references import adjoint, loop
-from mlx_mcsd import kernels
+from mlx_mcsd import kernels, pieces
 from mlx_mcsd.kernels import decay_scan, decay_scan_grad
 from mlx_mcsd.recurrence import chunked
 from oracle import relative_error
@@ -192,7 +192,7 @@ def test_strided_states_and_flags(monkeypatch, N=67):
 
 def test_pieces(S, monkeypatch, N=67):
     """One dispatch or several: the same numbers, and gradients through all of them."""
-    monkeypatch.setattr(kernels, "DISPATCH_TOKENS", 30)
+    monkeypatch.setattr(pieces, "DISPATCH_TOKENS", 30)
     x, h0 = inputs(N)
     mask, reset = flags("mask holes, reset edges", N)
     with executed() as calls:

@@ -6,7 +6,7 @@ import pytest
 
 from metal_on_cpu import executed, needs_compiler, references
 from metal_on_cpu.references import EPS
-from mlx_mcsd import kernels
+from mlx_mcsd import kernels, pieces
 from mlx_mcsd.bench.kernels import plain_mix
 from mlx_mcsd.config import ModelArgs
 from mlx_mcsd.mixers.mcsd import MCSD, slopes
@@ -93,9 +93,10 @@ def test_narrow_inputs(dtype):
     assert relative_error(np.array(grad.astype(mx.float32)), np.array(want_grad)) <= 4 * ulp
 
 
-@pytest.mark.parametrize("fusion", ["add", "concat"])
-def test_a_mixer_trains(fusion, N=35, D=60):
+@pytest.mark.parametrize("fusion, tokens", [("add", 99), ("concat", 99), ("concat", 16)])
+def test_a_mixer_trains(fusion, tokens, monkeypatch, N=35, D=60):
     """A block's values, states and gradients are those of the plain forms, flags included."""
+    monkeypatch.setattr(pieces, "DISPATCH_TOKENS", tokens)
     mx.random.seed(0)
     mixer = MCSD(ModelArgs(
         model_type="mcsd", vocab_size=16, hidden_size=D, num_channels=3, num_hidden_layers=1,
@@ -122,6 +123,7 @@ def test_a_mixer_trains(fusion, N=35, D=60):
 
     with executed() as calls:
         got = run()
+    assert max(c.launch.grid[2] for c in calls) == 2 * -(-min(tokens, N) // kernels.MIX_TOKENS)
     assert {c.launch.name.removeprefix("mlx_mcsd_") for c in calls} == {
         "decay_scan", "decay_scan_grad", "mcsd_mix", "mcsd_mix_grad"
     }  # fmt: skip
