@@ -85,7 +85,7 @@ for (int t = begin; t < end; ++t) {
           U[b * U_strides[0] + t * U_strides[1] + c * U_strides[2] + j * U_strides[3]]);
       const float f = static_cast<float>(
           F[b * F_strides[0] + t * F_strides[1] + c * F_strides[2] + j * F_strides[3]]);
-      const float slope = current * V_past / (1.0f + metal::precise::exp(-V_past));
+      const float slope = current * (V_past / (1.0f + metal::precise::exp(-V_past)));
       const float decay = E_past[k] * norm * weight[k] / (1.0f + metal::precise::exp(-f));
       if (CONCAT) {
         theta[row * 2 * Dc + j] = static_cast<T>(slope);

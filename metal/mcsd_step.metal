@@ -90,7 +90,7 @@ for (int k = 0; k < PER_LANE; ++k) {
     const float V_past = n == 0 ? v : held * per_weight;
     const float current =
         static_cast<float>(U[b * U_strides[0] + c * U_strides[2] + j * U_strides[3]]);
-    const float slope = current * V_past / (1.0f + metal::precise::exp(-V_past));
+    const float slope = current * (V_past / (1.0f + metal::precise::exp(-V_past)));
     const float f = static_cast<float>(F[b * F_strides[0] + c * F_strides[2] + j * F_strides[3]]);
     const float weight = static_cast<float>(gain[(c * Dc + j) * gain_strides[0]]);
     const float normed = E_past[k] * norm * weight;

@@ -64,7 +64,7 @@ MIX = [
         "const float norm =",
         "if (lane >= Dc) continue;\n  const float norm =",
     ),
-    ("slope without its U", "current * V_past /", "V_past * V_past /"),
+    ("slope without its U", "current * (V_past /", "V_past * (V_past /"),
     ("SiLU for sigmoid", "decay = E_past[k]", "decay = f * E_past[k]"),
     ("sigmoid of -F", "exp(-f)", "exp(f)"),
     ("decay without its gain", "* norm * weight[k]", "* norm"),
@@ -182,7 +182,7 @@ STEP = [
         "lane % 32 < 7 ? rates[c * 7 + lane % 32]",
         "lane < 7 ? rates[c * 7 + lane]",
     ),
-    ("slope without its U", "current * V_past /", "V_past * V_past /"),
+    ("slope without its U", "current * (V_past /", "V_past * (V_past /"),
     ("SiLU for sigmoid", "decay = normed /", "decay = f * normed /"),
     ("sections side by side in D", "2 * Dc + Dc + j", "2 * Dc + C * Dc + j"),
     (
