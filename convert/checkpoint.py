@@ -3,7 +3,6 @@
 import mlx.core as mx
 import numpy as np
 
-from mlx_mcsd.config import ModelArgs
 from mlx_mcsd.loading import read_config, some
 
 from .locate import locate
@@ -62,13 +61,6 @@ class Checkpoint:
         if not self.tensors:
             refuse(f"{shown(path, 300)} must hold tensors but has none.")
 
-    @property
-    def args(self):
-        """The config, checked."""
-        if self.config is None:
-            refuse(f"config.json is missing in {self.directory}.")
-        return ModelArgs.from_dict(self.config)
-
     def load(self, name):
         """Read one tensor, now; float64 as float32.
 
@@ -95,10 +87,6 @@ class Checkpoint:
             except FloatingPointError:
                 refuse(f"{name} must fit float32 but holds larger numbers.")
         return mx.array(values)
-
-    def read(self):
-        """Return every tensor by name."""
-        return {name: self.load(name) for name in self.tensors}
 
 
 def check_listed(file, found, listed):

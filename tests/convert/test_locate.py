@@ -223,14 +223,14 @@ WRONG_CONFIGS = [
     *(
         (key, value)
         for key in ("hidden_size", "vocab_size", "num_hidden_layers")
-        for value in (*WRONG, None, 64.5, 2**70, "9" * 99)
+        for value in (*WRONG, 64.5, 2**70, "9" * 99)
     ),
 ]
 
 
 @pytest.mark.parametrize("key, value", WRONG_CONFIGS, ids=str)
 def test_refused_config(source, target, key, value, capsys):
-    """A value of the wrong type or size; null is a key that is not there."""
+    """A value of the wrong type or size."""
     edit_json(source / "config.json", **{key: value})
     assert "[" in refused(capsys, "--hf-path", source, "--mlx-path", target)
     assert not target.exists()
