@@ -22,6 +22,7 @@ from ..cli import integer
 from ..errors import MCSDError
 from ..mixers.mcsd import decay, decays, slope, slopes
 
+HELP = "Check every Metal kernel against its plain form, and time it against a copy."
 EPS = 1e-6
 NAMES = tuple(kernels.SIGNATURES)
 SHAPES = [(1, 1, 1, 4), (3, 1, 3, 60), (3, 65, 3, 60), (2, 33, 10, 256), (1, 1025, 3, 20)]

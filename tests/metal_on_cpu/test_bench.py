@@ -9,6 +9,7 @@ import pytest
 from metal_on_cpu import executed, needs_compiler
 from mlx_mcsd import kernels
 from mlx_mcsd.bench import kernels as bench
+from mlx_mcsd.bench.__main__ import main
 from mlx_mcsd.errors import MCSDError
 
 
@@ -33,12 +34,15 @@ def small(monkeypatch):
     monkeypatch.setattr(bench, "copy_bandwidth", lambda repeats: 100.0)
 
 
-def test_without_metal():
+def test_without_metal(capsys):
     if mx.metal.is_available():
         pytest.skip("there is Metal here")
-    with pytest.raises(MCSDError, match="kernels run on a GPU with Metal") as error:
-        bench.run(arguments())
-    assert "\n" not in str(error.value)
+    with pytest.raises(SystemExit) as end:
+        main(["kernels"])
+    said = capsys.readouterr()
+    assert end.value.code == 1 and said.out == ""
+    assert said.err.startswith("error: [bench kernels] kernels run on a GPU with Metal")
+    assert said.err.count("\n") == 1
 
 
 def test_sizes_that_do_not_fit():
@@ -84,6 +88,12 @@ def test_a_wrong_kernel_has_no_speed(small, capsys):
     (line,) = [x for x in said.splitlines() if x.startswith("mcsd_step")]
     assert line.split()[-4:] == ["FAILED", "-", "-", "-"]
     assert "its speed means nothing" in said
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_the_checks_are_the_exit_code(monkeypatch, ok):
+    monkeypatch.setattr(bench, "run", lambda args: {"ok": ok})
+    assert main(["kernels"]) == (0 if ok else 1)
 
 
 @needs_compiler
