@@ -54,7 +54,7 @@ def setup_arg_parser():
     p.add_argument(
         "--name-map",
         metavar="FILE",
-        help="a JSON file of rules for a source with names of its own (see convert/README.md)",
+        help="a JSON file of rules for a source with names of its own (see docs/convert.md)",
     )
     p.add_argument(
         "--config",

@@ -53,7 +53,7 @@ def infer(shapes, projection=None):
     if not layers:
         return found
     found["num_hidden_layers"] = max(layers) + 1
-    if widths := [n // MLP[name] for name, (n, *_) in block.items() if name in MLP]:
+    if widths := [shape[0] // MLP[n] for n, shape in block.items() if n in MLP and shape]:
         found["intermediate_size"] = widths[0]
     projections = {m[1]: shape for n, shape in block.items() if (m := PROJECTIONS.fullmatch(n))}
     letters = "".join(sorted(set("".join(projections))))
@@ -65,10 +65,8 @@ def infer(shapes, projection=None):
     elif projections and projection != "channel":
         found["projection"] = "dense"
     found["output_projection"] = "mixer.o_proj" in block
-    width = block.get("mixer.o_proj", (0, 0))[-1]
-    D = found.get("hidden_size")
-    if sections and len(sections) == 2 and width in (D, 2 * (D or 0)):
-        found["fusion"] = "add" if width == D else "concat"
+    if "hidden_size" in found and len(sections or ()) == 2 and "mixer.o_proj" in block:
+        found["fusion"] = "add" if block["mixer.o_proj"][-1:] == embedding[1:] else "concat"
     # A name nobody knows may be the head's.
     if "lm_head.weight" not in shapes and all(n in REST or LAYER.fullmatch(n) for n in shapes):
         found["tie_word_embeddings"] = True

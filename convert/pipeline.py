@@ -111,7 +111,7 @@ def convert(
     options += [word for text in config for word in ("--config", text)]
     options += ["--allow-nonfinite"] if allow_nonfinite else []
     with writing.directory(target) as out:
-        save_config(plan.config | {"model_file": writing.SHIM_NAME}, out / "config.json")
+        save_config(plan.config, out / "config.json")
         (out / writing.SHIM_NAME).write_text(writing.SHIM)
         copy(COPIED, source.directory, out)
         add_tokenizer(source.directory, plan.args, out)

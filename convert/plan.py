@@ -12,6 +12,7 @@ from mlx_mcsd.model import Model
 from . import naming, quantization
 from .inference import complete
 from .mapping import Parameter, assign
+from .writing import SHIM_NAME
 
 
 @dataclass
@@ -79,7 +80,7 @@ def make_plan(
     embedding = next(p for p in parameters if p.name == "model.embed_tokens.weight")
     stored = str(embedding.dtype).removeprefix("mlx.core.")
     whole = {k: v for k, v in whole.items() if k not in ("auto_map", "_name_or_path")}
-    whole |= {"dtype": stored, "torch_dtype": stored}
+    whole |= {"dtype": stored, "torch_dtype": stored, "model_file": SHIM_NAME}
     if settings:
         chosen, entry, lines = quantization.choose(model, settings, q_rules)
         for parameter in parameters:

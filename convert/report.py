@@ -1,6 +1,7 @@
 """What a conversion does or did, for people and for scripts."""
 
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from .plan import Plan
@@ -44,10 +45,9 @@ class Report:
         rows = [("from", "", "", "to", "", "")]
         for parameter in self.plan.parameters:
             to = (parameter.name, shown(parameter.shape), kind_of(parameter))
-            for part in parameter.parts:
-                kind, shape = self.tensors[part.source]
-                piece = f" [{part.index + 1}/{part.count}]" if part.count > 1 else ""
-                rows.append((part.source + piece, shown(shape), kind, *to))
+            for source, run in runs(parameter.parts):
+                kind, shape = self.tensors[source]
+                rows.append((source + run, shown(shape), kind, *to))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
         lines += [f"{name}  ignored: {reason}" for name, reason in self.plan.ignored.items()]
@@ -84,6 +84,15 @@ class Report:
             "ignored": plan.ignored,
             "notes": plan.notes,
         }
+
+
+def runs(parts):
+    """Yield (source, which of the matrices stacked there) of parts, neighbours together."""
+    for source, run in groupby(parts, lambda part: part.source):
+        run = list(run)
+        stacked = [part.index + 1 for part in run]
+        whole = stacked == list(range(1, run[0].count + 1))
+        yield source, "" if whole else f" [{','.join(map(str, stacked))} of {run[0].count}]"
 
 
 def shown(shape):

@@ -149,3 +149,27 @@ def test_the_readme_picture_is_drawn_and_its_path_asked_for(tmp_path):
     bare = subprocess.run(script, capture_output=True, text=True)
     assert bare.returncode == 1
     assert bare.stderr.startswith("error: expected the picture's path")
+
+
+def test_the_table_of_quantizations(stories, tmp_path, monkeypatch, capsys):
+    import quantization_table
+
+    import tiny
+
+    tiny.write_model(tmp_path / "model", hidden_size=64, intermediate_size=64, num_channels=2)
+    tiny.write_tokenizer(tmp_path / "model", eos_token="</s>")
+    kept = ("float32", "bfloat16", "affine, 2 bits", "mxfp8")
+    settings = {name: quantization_table.SETTINGS[name] for name in kept}
+    monkeypatch.setattr(quantization_table, "SETTINGS", settings)
+    out = tmp_path / "table.md"
+    words = [stories["cased"], "--model", tmp_path / "model", "--tokens", 3, "--out", out]
+    quantization_table.main([*map(str, words), "--prompt", "a b"])
+    assert out.read_text() == capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in out.read_text().splitlines()[2:6]]
+    assert [row[0] for row in rows] == [*kept]
+    megabytes, weights, bits, rates = ([float(row[i]) for row in rows] for i in range(1, 5))
+    assert weights[:2] == [32, 16] and 8 < weights[3] < 9
+    # A random model says 8 bits a byte, and many rows of 2 bits say something else.
+    assert bits[0] == pytest.approx(bits[1], rel=0.01) and bits[0] != bits[2]
+    assert min(rates) > 0 and megabytes[1] < megabytes[0]
+    assert "3 stories, " in out.read_text()

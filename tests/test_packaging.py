@@ -116,7 +116,8 @@ def test_runtime_dependencies_are_these(metadata):
             if r.marker is None or r.marker.evaluate(environment)
         }
 
-    common = {("mlx-lm",), ("numpy",), ("regex",), ("sentencepiece",), ("safetensors",)}
+    names = ("mlx-lm", "numpy", "regex", "sentencepiece", "safetensors", "tqdm")
+    common = {(name,) for name in names}
     assert installed("darwin") == common | {("mlx",)}
     assert installed("linux") == common | {("mlx", "cpu")}
     assert ("torch",) in installed("linux", "convert")
