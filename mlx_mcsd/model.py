@@ -9,19 +9,45 @@ width, K vocabulary.
 """
 
 import math
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_ssm_mask
 from mlx_lm.models.cache import ArraysCache
 
-from . import mixers, sharding
+from . import mixers, sharding, step
 from .config import ModelArgs
 from .errors import MCSDError
+from .linear import Embedding, Linear
 
 __all__ = ["Model", "ModelArgs"]  # mlx-lm looks both up here
 
-ACTIVATIONS = {"gelu": nn.gelu, "gelu_pytorch_tanh": nn.gelu_approx, "silu": nn.silu}
+ACTIVATIONS = {
+    "gelu": lambda x: x * (1 + mx.erf(x / math.sqrt(2))) / 2,
+    "gelu_pytorch_tanh": lambda x: (
+        0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    ),
+    "silu": lambda x: x * mx.sigmoid(x),
+}
+
+
+def _gate(hidden_act: str):
+    """Return ``act(gate) * up``, as one kernel on a GPU.
+
+    On the CPU that kernel would be a run of the C++ compiler before the first token, and no faster.
+    """
+    return _gates(hidden_act, mx.default_device() == mx.gpu)
+
+
+@cache
+def _gates(hidden_act: str, compiled: bool):
+    act = ACTIVATIONS[hidden_act]
+
+    def gated(gate, up):
+        return act(gate) * up
+
+    return mx.compile(gated, shapeless=True) if compiled else gated
 
 
 class MLP(nn.Module):
@@ -34,8 +60,8 @@ class MLP(nn.Module):
         D, F = args.hidden_size, args.intermediate_size
         self.hidden_act = args.hidden_act  # a name: mlx-lm copies models, and functions cannot be
         self.F = F
-        self.gate_up_proj = nn.Linear(D, 2 * F, bias=False)
-        self.down_proj = nn.Linear(F, D, bias=False)
+        self.gate_up_proj = Linear(D, 2 * F)
+        self.down_proj = Linear(F, D)
         self.sharding_group = None
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -43,7 +69,7 @@ class MLP(nn.Module):
         if self.sharding_group is not None:
             x = sharding.sum_gradients(self.sharding_group)(x)
         gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)  # (B, N, F) each
-        y = self.down_proj(ACTIVATIONS[self.hidden_act](gate) * up)
+        y = self.down_proj(_gate(self.hidden_act)(gate, up))
         if self.sharding_group is not None:
             y = mx.distributed.all_sum(y, group=self.sharding_group)
         return y
@@ -92,7 +118,7 @@ class Backbone(sharding.Pipeline, nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.embed_tokens = Embedding(args.vocab_size, args.hidden_size)
         self.layers = [Block(args) for _ in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, args.rms_norm_eps)
 
@@ -129,7 +155,7 @@ class Model(nn.Module):
         self.model_type = args.model_type
         self.model = Backbone(args)
         if not args.tie_word_embeddings:
-            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+            self.lm_head = Linear(args.hidden_size, args.vocab_size)
 
     def __call__(
         self,
@@ -151,8 +177,21 @@ class Model(nn.Module):
         Returns:
             Logits (B, N, K).
         """
-        x = self.model(inputs, cache, input_embeddings, mask, reset)
+        plain = input_embeddings is None and mask is None and reset is None
+        if plain and inputs.shape[1] == 1 and step.can_read(self, cache):
+            if "_step" not in self.__dict__:
+                self._step = step.make(self)
+            return self._step(inputs, cache)
+        return self.logits(inputs, cache, input_embeddings, mask, reset)
+
+    def logits(self, *args) -> mx.array:
+        """Do what a call does, without the compiled step."""
+        x = self.model(*args)
         return self.model.embed_tokens.as_linear(x) if self._tied else self.lm_head(x)
+
+    def __getstate__(self):
+        # A compiled function cannot be copied: a copy of the model makes its own.
+        return {name: value for name, value in self.__dict__.items() if name != "_step"}
 
     @property
     def _tied(self) -> bool:

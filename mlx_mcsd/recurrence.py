@@ -139,6 +139,8 @@ def count_tokens(
     if count0.dtype != mx.int32:
         raise MCSDError(f"[count_tokens] count0 must be int32 but got {count0.dtype}.")
     if mask is None and reset is None:
+        if N == 1:
+            return count0[:, None], count0 + 1
         return count0[:, None] + mx.arange(N, dtype=mx.int32), count0 + N
     m = mx.ones((count0.shape[0], N), mx.bool_) if mask is None else mask
     m = m.astype(mx.int32)

@@ -27,6 +27,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from .. import kernels, sharding
 from ..config import ModelArgs
+from ..linear import Linear
 from ..pieces import in_pieces
 from ..recurrence import count_tokens, scan
 from .base import Mixer, State, register
@@ -63,7 +64,7 @@ def slope(U: mx.array, V: mx.array, A: mx.array, n: mx.array, beta: mx.array) ->
     # n = 0 divides by Z_1: the quotient is not used there, but 0 / 0 would poison its gradient.
     divisor = mx.expm1(-mx.maximum(n, 1) * beta) / -mx.expm1(beta)  # (B, N, C, 1)
     V_past = mx.where(n == 0, V.astype(mx.float32), A / divisor)
-    return U.astype(mx.float32) * nn.silu(V_past)
+    return U.astype(mx.float32) * (V_past * mx.sigmoid(V_past))
 
 
 def decay(
@@ -131,14 +132,14 @@ class MCSD(Mixer):
         self[f"{self.projections}_proj"] = (
             SwitchLinear(self.Dc, k * self.Dc, C, bias=False)
             if self.channelwise
-            else nn.Linear(D, k * D, bias=False)
+            else Linear(D, k * D)
         )
         for slot in self._slots:
             if slot.section == "decay":
                 self[slot.norm] = nn.RMSNorm(D, args.rms_norm_eps)
         self.theta_width = len(self._slots) * self.Dc if self.concat else self.Dc  # of a channel
         if args.output_projection:
-            self.o_proj = nn.Linear(C * self.theta_width, D, bias=False)
+            self.o_proj = Linear(C * self.theta_width, D)
 
     @property
     def fused(self) -> dict[str, tuple[str, ...]]:
