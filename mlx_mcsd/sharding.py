@@ -18,10 +18,11 @@ from mlx_lm.models.pipeline import PipelineMixin
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .errors import MCSDError
+from .linear import Linear
 
 __all__ = ["Pipeline", "gather", "group_size", "shares", "sum_gradients", "take"]
 
-LAYERS = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
+LAYERS = (Linear, nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
 
 Span = tuple[int, int]
 
