@@ -1,0 +1,328 @@
+"""Is the result the source? The logits of both, from the files on the disk, layer by layer.
+
+The source goes through the PyTorch reference, read by torch and the safetensors library; the result
+through MLX, loaded as a user will load it. Neither side sees the other's code or arrays. Both
+compute in float32, so that one tolerance serves all types: the reference gets the source's weights
+rounded by torch to the type that was stored. A packed weight has no rounding of torch's to compare
+with: the reference then gets what is on the disk, unpacked, and every number of it must lie within
+a step of the source's. What rounding and packing do to the logits is measured apart from that.
+
+One layer is in memory at a time, on each side.
+"""
+
+import re
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.util import find_spec
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_mcsd.errors import MCSDError
+from mlx_mcsd.loading import load_model, read_config
+from mlx_mcsd.model import Model
+
+TOLERANCE = 1e-5
+"""Of the largest logit, for every 12 layers: the rounding errors of float32 add up with depth."""
+
+TOKENS, FEW_TOKENS, LARGE = 72, 16, 10**8
+"""A row, of two: enough for a second chunk; few for models of so many numbers, or it takes long."""
+
+MISSING = "PyTorch and transformers are not installed (pip install 'mlx-mcsd[convert]')"
+
+# The largest error of one packed number, as a part of its group's largest (half the widest gap
+# between two values, and what a coarse scale adds), and alone: of weights in float16 their last
+# digit, and of nvfp4's scales, which have eight bits. Affine modes have a step instead.
+PACKED = {"mxfp4": (0.3, 2.0**-23), "nvfp4": (0.3, 6 * 2.0**-10), "mxfp8": (0.15, 2.0**-23)}
+
+
+@dataclass
+class Verification:
+    """What was compared and how it came out.
+
+    Attributes:
+        tokens: how many were read.
+        difference: the largest of two logits, over the largest logit.
+        tolerance: what it may be.
+        effect: of rounding or packing on the logits, likewise; None where there is neither.
+        agreement: the share of tokens after which the likeliest token stays the same; or None.
+        step: the largest error of a packed weight over what its packing allows; or None.
+    """
+
+    tokens: int
+    difference: float
+    tolerance: float
+    effect: float | None = None
+    agreement: float | None = None
+    step: float | None = None
+
+    def text(self):
+        """One or two sentences."""
+        of = "the source's weights" if self.step is None else "the packed weights"
+        rounded = ", rounded alike," if self.step is None and self.effect is not None else ""
+        lines = [
+            f"Verified: over {self.tokens} tokens the logits differ from those of {of}{rounded} in "
+            f"PyTorch by {self.difference:.1e} of the largest at most (tolerance "
+            f"{self.tolerance:.1e}, in float32)."
+        ]
+        if self.step is not None:
+            lines.append(
+                f"No packed weight is further from the source's than {self.step:.2f} of what its "
+                "packing allows."
+            )
+        if self.effect is not None:
+            what = "Rounding" if self.step is None else "Packing"
+            lines.append(
+                f"{what} itself moves the logits by up to {self.effect:.1e} of the largest and "
+                f"keeps the likeliest token at {self.agreement:.0%} of the places."
+            )
+        return " ".join(lines)
+
+    def json(self):
+        """The same for scripts."""
+        return asdict(self)
+
+
+def available():
+    """Tell whether what the reference needs is installed."""
+    return find_spec("torch") is not None and find_spec("transformers") is not None
+
+
+def verify(out, checkpoint, names, args, ids=(), source_ids=None):
+    """Compare the model in a directory with the source it was made from.
+
+    Args:
+        out: the directory written.
+        checkpoint: the source, a `Checkpoint`.
+        names: its names -> names of the layout, of the tensors that were used.
+        args: the model's.
+        ids: tokens of a text, as the result's tokenizer reads it.
+        source_ids: tokens of the same text, as the source's does; None is `ids`.
+
+    Returns:
+        A `Verification`.
+
+    Raises:
+        MCSDError: if the two differ beyond the tolerance, or PyTorch is not installed.
+    """
+    if not available():
+        raise MCSDError(f"[verify] --verify needs PyTorch but {MISSING}.")
+    source, result = Source(checkpoint, names, args), Result(out, args)
+    stored = Stored(source, result)
+    N = TOKENS if result.size < LARGE else FEW_TOKENS
+    random = np.random.default_rng(0).integers(0, args.vocab_size, (2, N))
+    rows = [random.copy(), random]
+    for row, given in zip(rows, (ids, ids if source_ids is None else source_ids), strict=True):
+        row[0, : min(len(given), N)] = list(given)[:N]
+    logits = run(out, rows[0])
+    wanted = reference(stored.tensor, args, rows[1])
+    tolerance = TOLERANCE * max(1, args.num_hidden_layers / 12)
+    found = Verification(2 * N, difference(logits, wanted), tolerance)
+    if stored.changed:
+        exact = reference(source.tensor, args, rows[1])
+        found.effect = difference(logits, exact)
+        found.agreement = float((logits.argmax(-1) == exact.argmax(-1)).mean())
+        found.step = stored.step
+    if not found.difference <= tolerance:
+        raise MCSDError(
+            f"[verify] the logits of the result must be the source's to {tolerance:.1e} of the "
+            f"largest but differ by {found.difference:.1e}; nothing was written. Please report it."
+        )
+    return found
+
+
+def difference(logits, wanted):
+    """The largest difference over the largest number; numbers that are no numbers must agree."""
+    finite = np.isfinite(wanted)
+    if not np.array_equal(finite, np.isfinite(logits)):
+        return float("inf")
+    largest = np.abs(wanted[finite]).max(initial=0)
+    gap = np.abs(logits[finite] - wanted[finite]).max(initial=0)
+    return float(gap / largest) if largest else float(gap)
+
+
+class Source:
+    """The source's tensors under the names of the layout, float32 in torch."""
+
+    def __init__(self, checkpoint, names, args):
+        self.checkpoint, self.args = checkpoint, args
+        self.places = {}
+        for name, target in names.items():
+            match = re.fullmatch(r"(.*)\.(\w+)_proj\.weight", target)
+            stem = match[2] if match else ""
+            if re.fullmatch("[uvef]{2,4}", stem):
+                parts = list(stem)
+            else:
+                parts = stem.split("_") if stem in ("gate_up", "up_gate") else [stem]
+            for index, part in enumerate(parts):
+                place = f"{match[1]}.{part}_proj.weight" if match else target
+                self.places[place] = (name, index, len(parts))
+
+    @cached_property
+    def files(self):
+        """Opened by the libraries that wrote them: a safetensors handle, or a tree of tensors."""
+        import torch
+        from safetensors import safe_open
+
+        return {
+            file: safe_open(file, "pt")
+            if file.suffix == ".safetensors"
+            else torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip(file))
+            for file in self.checkpoint.files
+        }
+
+    def tensor(self, name):
+        """One tensor of the layout."""
+        stored, index, count = self.places[name]
+        reader, path = self.checkpoint._homes[stored]
+        value = self.files[reader.file]
+        if reader.file.suffix == ".safetensors":
+            value = value.get_tensor(*path)
+        else:
+            for key in path:
+                value = value[key]
+        value = value.detach().float()
+        if count > 1:
+            value = value.chunk(count, dim=-2)[index]
+        C = self.args.num_channels
+        per_channel = self.args.projection == "channel" and re.search(r"\.[uvef]_proj\.", name)
+        if per_channel and value.ndim == 2:  # the blocks on the diagonal of a D x D matrix
+            Dc = len(value) // C
+            value = value.reshape(C, Dc, C, Dc).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        return value.contiguous()
+
+
+def is_zip(file):
+    """Tell the format whose tensors torch can leave on the disk until they are used."""
+    with open(file, "rb") as stream:
+        return stream.read(4) == b"PK\3\4"
+
+
+class Result:
+    """The tensors on the disk under the names of the layout."""
+
+    def __init__(self, out, args):
+        self.homes, self.dtypes, self.size = {}, {}, 0
+        for file in sorted(out.glob("model*.safetensors")):
+            for name, array in mx.load(str(file)).items():
+                self.homes[name], self.dtypes[name] = file, array.dtype
+        self.settings = read_config(out).get("quantization", {})
+        self.places = {}
+        model = Model(args)  # of shapes: nothing is evaluated
+        for name, array in tree_flatten(model.parameters()):
+            self.places[name] = (name, 0, 1)
+            self.size += array.size
+        for path, module in model.named_modules():
+            for whole, parts in getattr(module, "fused", {}).items():
+                for index, part in enumerate(parts):
+                    place = (f"{path}.{whole}.weight", index, len(parts))
+                    self.places[f"{path}.{part}.weight"] = place
+
+    def dtype(self, name):
+        """The type a tensor is stored in, torch's; None if it is packed."""
+        import torch
+
+        stored, *_ = self.places[name]
+        dtype = self.dtypes[stored]
+        return None if dtype == mx.uint32 else getattr(torch, str(dtype).removeprefix("mlx.core."))
+
+    def unpacked(self, name):
+        """A packed tensor's numbers, and the largest error that its packing may have made."""
+        stored, index, count = self.places[name]
+        path = stored.removesuffix(".weight")
+        entry = self.settings.get(path)
+        settings = entry if isinstance(entry, dict) else self.settings
+        mode = settings.get("mode", "affine")
+        group = settings["group_size"]
+        arrays = mx.load(str(self.homes[stored]))  # anew, to let go of what is read
+        scales, biases = (arrays.get(f"{path}.{kind}") for kind in ("scales", "biases"))
+        half = scales.dtype == mx.float16
+        if mode == "affine":  # in float32, or the sum of bias and step would be rounded once more
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        options = {"group_size": group, "bits": settings["bits"], "mode": mode}
+        weight = mx.dequantize(arrays[stored], scales, biases, **options).astype(mx.float32)
+        grouped = mx.unflatten(weight, -1, (-1, group))
+        largest = mx.abs(grouped).max(axis=-1, keepdims=True)
+        if mode == "affine":
+            # A whole step, since the end of a group may be cut off, and what rounding its scale and
+            # bias to half precision adds.
+            digit = 2.0 ** (settings["bits"] - 24)
+            allowed = mx.abs(scales)[..., None] + largest * 2.0**-6 + digit * half
+        else:
+            part, alone = PACKED[mode]
+            allowed = largest * part + alone
+        allowed = mx.flatten(mx.broadcast_to(allowed, grouped.shape), -2)
+        rows = [mx.split(array, count, axis=-2)[index] for array in (weight, allowed)]
+        return [np.array(array) for array in rows]
+
+
+class Stored:
+    """The source's tensors as the result must have them: rounded by torch, or unpacked.
+
+    Attributes:
+        changed: whether any was rounded or packed.
+        step: the largest error of a packed number, over what is allowed; None where none is.
+    """
+
+    def __init__(self, source, result):
+        self.source, self.result = source, result
+        self.changed, self.step = False, None
+
+    def tensor(self, name):
+        """One tensor of the layout, float32 in torch."""
+        import torch
+
+        value = self.source.tensor(name)
+        if dtype := self.result.dtype(name):
+            rounded = value.to(dtype).float()
+            self.changed |= not torch.equal(rounded.nan_to_num(), value.nan_to_num())
+            return rounded
+        self.changed = True
+        packed, allowed = map(torch.from_numpy, self.result.unpacked(name))
+        error = (packed - value).abs()
+        step = float((error / allowed.clamp(min=1e-30)).where(error > 0, 0.0).max())
+        if not step <= 1:
+            raise MCSDError(
+                "[verify] every packed weight must lie within a step of the source's but one of "
+                f"{name} is off by {step:.2g} times what its packing allows; nothing was written. "
+                "Pack it otherwise, or leave it float."
+            )
+        self.step = max(self.step or 0.0, step)
+        return packed
+
+
+def reference(tensor, args, ids):
+    """Logits (B, N, K) of ids (B, N), by the PyTorch reference with weights from `tensor(name)`."""
+    import torch
+    from torch.nn.functional import linear
+
+    from .reference.configuration_mcsd import MCSDConfig
+    from .reference.modeling_mcsd import MCSDLayer, MCSDRMSNorm
+
+    config = MCSDConfig(**{k: v for k, v in asdict(args).items() if k != "model_type"})
+    with torch.no_grad():
+        x = tensor("model.embed_tokens.weight")[torch.from_numpy(ids)]  # (B, N, D)
+        for i in range(args.num_hidden_layers):
+            with torch.device("meta"):
+                layer = MCSDLayer(config).eval()
+            weights = {name: tensor(f"model.layers.{i}.{name}") for name in layer.state_dict()}
+            layer.load_state_dict(weights, assign=True)
+            x, _ = layer(x)
+        norm = MCSDRMSNorm(args.hidden_size, args.rms_norm_eps)
+        norm.load_state_dict({"weight": tensor("model.norm.weight")})
+        name = "model.embed_tokens.weight" if args.tie_word_embeddings else "lm_head.weight"
+        return linear(norm(x), tensor(name)).numpy()
+
+
+def run(out, ids):
+    """Logits (B, N, K) of ids (B, N), by the MLX model in a directory; a used layer is let go."""
+    model = load_model(out, lazy=True, dtype=mx.float32)
+    backbone = model.model
+    x = backbone.embed_tokens(mx.array(ids))
+    while backbone.layers:
+        x = backbone.layers.pop(0)(x)
+        mx.eval(x)
+        mx.clear_cache()
+    tied = model.args.tie_word_embeddings
+    return np.array((backbone.embed_tokens.as_linear if tied else model.lm_head)(backbone.norm(x)))
