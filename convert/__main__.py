@@ -1,6 +1,7 @@
 """The command: ``python -m mlx_mcsd.convert --hf-path SOURCE --mlx-path TARGET``."""
 
 import json
+from argparse import BooleanOptionalAction
 
 from mlx_mcsd.cli import Parser, integer
 from mlx_mcsd.errors import exits_cleanly
@@ -69,6 +70,13 @@ def setup_arg_parser():
     p.add_argument(
         "--dry-run", action="store_true", help="print the plan, tensor by tensor, and write nothing"
     )
+    p.add_argument(
+        "--verify",
+        dest="verification",
+        action=BooleanOptionalAction,
+        help="compare the result's logits with the source's in PyTorch before it is put in place "
+        "(default: where PyTorch is installed)",
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return p
 
@@ -90,6 +98,8 @@ def main(argv=None):
         if not report.written:
             print(report.table())
         print(f"{'Wrote' if report.written else 'Would write'} {report.target}: {report.summary()}")
+        if report.verification:
+            print(report.verification.text())
 
 
 if __name__ == "__main__":

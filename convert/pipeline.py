@@ -1,42 +1,26 @@
 """A conversion from start to end: open the source, plan, write, compare, rename into place."""
 
 import shlex
-import shutil
-import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import mlx.core as mx
-from google.protobuf.message import DecodeError
 from mlx_lm.utils import save_config
 from tqdm import tqdm
 
 from mlx_mcsd.errors import MCSDError
-from mlx_mcsd.loading import load_tokenizer, one_line
-from mlx_mcsd.tokenizer import save_tokenizer
 
-from . import quantization, writing
+from . import quantization, verify, writing
 from .checkpoint import Checkpoint
-from .locate import own
 from .plan import make_plan
 from .report import Report
 from .streaming import Reader, fingerprint
+from .tokens import add_tokenizer, copy
 from .weights import Shards
 
 DTYPES = ("float16", "bfloat16", "float32")
 
 # Taken over byte for byte where they are.
 COPIED = ("generation_config.json", "LICENSE")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def convert(
@@ -53,6 +37,7 @@ def convert(
     config=(),
     allow_nonfinite=False,
     dry_run=False,
+    verification=None,
 ):
     """Convert a checkpoint to a directory that `mlx_mcsd.load` and the mlx-lm commands load.
 
@@ -71,6 +56,8 @@ def convert(
         config: "KEY=VALUE" texts, which go before `config.json`.
         allow_nonfinite: take weights that are NaN or infinite.
         dry_run: plan everything, but read no weights and write nothing.
+        verification: compare the result's logits with those of the source in PyTorch; None does
+            where PyTorch is installed.
 
     Returns:
         A `Report`.
@@ -87,6 +74,8 @@ def convert(
             "[convert] --q-bits, --q-group-size, --q-mode and --q-rule need -q but it is not set."
         )
     settings = quantization.settings(q_mode, q_bits, q_group_size) if quantize else None
+    if verification and not dry_run:
+        verify.need()
 
     source = Checkpoint(hf_path)
     cast = dtype and getattr(mx, dtype)
@@ -114,9 +103,14 @@ def convert(
         save_config(plan.config, out / "config.json")
         (out / writing.SHIM_NAME).write_text(writing.SHIM)
         copy(COPIED, source.directory, out)
-        add_tokenizer(source.directory, plan.args, out)
+        ids = add_tokenizer(source.directory, plan.args, out)
         write_weights(out, plan, Reader(source, cast, allow_nonfinite))
-        card = writing.card(target.name, origin, shlex.join(options))
+        if verification or (verification is None and verify.available()):
+            report.verification = verify.verify(out, source, plan.names, plan.args, *ids)
+        elif verification is None:
+            report.plan.notes.append(f"Not verified: {verify.MISSING}.")
+        found = report.verification.text() if report.verification else ""
+        card = writing.card(target.name, origin, shlex.join(options), found)
         (out / "README.md").write_text(card)
     report.written = True
     return report
@@ -173,53 +167,3 @@ def check_choice(flag, value, choices):
     if value not in choices:
         wanted = ", ".join(str(choice) for choice in choices)
         raise MCSDError(f"[convert] {flag} must be one of {wanted} but got {value!r}.")
-
-
-def copy(names, source, out):
-    """Copy the files there are of some names."""
-    for name in names:
-        if own(source, name).exists():
-            shutil.copyfile(source / name, out / name)
-
-
-def add_tokenizer(source, args, out):
-    """Add a tokenizer to a directory with a config: the source's, or one of its `tokenizer.model`.
-
-    Where there is neither, or none can be made, a warning says why.
-
-    Raises:
-        MCSDError: if the source's `tokenizer.json` does not load or does not fit the model.
-    """
-    with TemporaryDirectory() as name:
-        scratch = Path(name)
-        shutil.copyfile(out / "config.json", scratch / "config.json")
-        if own(source, "tokenizer.json").exists():
-            copy(TOKENIZER_FILES, source, scratch)
-            reason = check_tokenizer(scratch, source)
-            if reason:
-                raise MCSDError(reason)
-        else:
-            reason = f"no tokenizer.json in {source}"
-            if own(source, "tokenizer.model").exists():
-                copy(("chat_template.jinja",), source, scratch)
-                try:
-                    proto = (source / "tokenizer.model").read_bytes()
-                    save_tokenizer(scratch, proto, args.max_position_embeddings)
-                    why = check_tokenizer(scratch, source)
-                except (MCSDError, DecodeError) as error:
-                    why = one_line(error)
-                why = why.rstrip(".")
-                reason = why and f"{reason}, and none can be made of its tokenizer.model: {why}"
-        if reason:
-            print(f"warning: converting without a tokenizer: {reason}.", file=sys.stderr)
-        else:
-            copy(TOKENIZER_FILES, scratch, out)
-
-
-def check_tokenizer(scratch, source):
-    """Say why a tokenizer copied from `source` does not load, or does not fit, or nothing."""
-    try:
-        load_tokenizer(scratch)
-    except MCSDError as error:
-        return str(error).replace(str(scratch), str(source))
-    return ""

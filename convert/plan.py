@@ -22,6 +22,7 @@ class Plan:
     Attributes:
         args: the model's.
         config: what `config.json` will hold.
+        names: source name -> name in the layout, of all that are used.
         parameters: what fills each parameter of the model, in order.
         ignored: source name -> why it is not used, of all that is not.
         head: the source's name of a head that must equal the embedding it is tied to, or None.
@@ -30,6 +31,7 @@ class Plan:
 
     args: ModelArgs
     config: dict
+    names: dict[str, str]
     parameters: list[Parameter]
     ignored: dict[str, str]
     head: str | None
@@ -87,7 +89,7 @@ def make_plan(
             parameter.settings = chosen.get(parameter.name.removesuffix(".weight"))
         whole |= {"quantization": entry, "quantization_config": entry}
         notes += lines
-    return Plan(args, whole, parameters, ignored, head, notes)
+    return Plan(args, whole, names, parameters, ignored, head, notes)
 
 
 def overrides(texts):

@@ -5,6 +5,7 @@ from itertools import groupby
 from pathlib import Path
 
 from .plan import Plan
+from .verify import Verification
 from .weights import n_bytes
 
 
@@ -18,6 +19,7 @@ class Report:
         tensors: source name -> (stored type, shape), of all its tensors.
         plan: what fills what.
         written: whether `target` was made.
+        verification: how the result compares with the source, or None where it was not asked.
     """
 
     source: str
@@ -25,6 +27,7 @@ class Report:
     tensors: dict
     plan: Plan
     written: bool = False
+    verification: Verification | None = None
 
     @property
     def bytes(self) -> int:
@@ -60,6 +63,7 @@ class Report:
             "source": self.source,
             "target": str(self.target),
             "written": self.written,
+            "verification": self.verification and self.verification.json(),
             "parameters": plan.size,
             "bytes": self.bytes,
             "config": plan.config,

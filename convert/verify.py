@@ -14,13 +14,16 @@ import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.util import find_spec
+from pickle import UnpicklingError
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 from mlx_mcsd.errors import MCSDError
-from mlx_mcsd.loading import load_model, read_config
+from mlx_mcsd.loading import load_model, one_line, read_config
 from mlx_mcsd.model import Model
 
 TOLERANCE = 1e-5
@@ -31,10 +34,18 @@ TOKENS, FEW_TOKENS, LARGE = 72, 16, 10**8
 
 MISSING = "PyTorch and transformers are not installed (pip install 'mlx-mcsd[convert]')"
 
+# With which torch and safetensors refuse a file: pickles end in any of these.
+REFUSALS = (RuntimeError, UnpicklingError, SafetensorError, EOFError, LookupError, TypeError)
+REFUSALS += (AttributeError, ValueError, OSError)
+
 # The largest error of one packed number, as a part of its group's largest (half the widest gap
-# between two values, and what a coarse scale adds), and alone: of weights in float16 their last
-# digit, and of nvfp4's scales, which have eight bits. Affine modes have a step instead.
-PACKED = {"mxfp4": (0.3, 2.0**-23), "nvfp4": (0.3, 6 * 2.0**-10), "mxfp8": (0.15, 2.0**-23)}
+# between two values, and what a coarse scale adds), and alone: scales come of float16 weights with
+# the last digit that type has, and in nvfp4 have eight bits. Affine modes have a step instead.
+PACKED = {
+    "mxfp4": (0.3, 6 * 2.0**-24),
+    "mxfp8": (0.15, 448 * 2.0**-25),
+    "nvfp4": (0.3, 6 * 2.0**-10),
+}
 
 
 @dataclass
@@ -89,6 +100,12 @@ def available():
     return find_spec("torch") is not None and find_spec("transformers") is not None
 
 
+def need():
+    """Raise unless what the reference needs is installed."""
+    if not available():
+        raise MCSDError(f"[verify] --verify compares with a PyTorch model but {MISSING}.")
+
+
 def verify(out, checkpoint, names, args, ids=(), source_ids=None):
     """Compare the model in a directory with the source it was made from.
 
@@ -106,8 +123,7 @@ def verify(out, checkpoint, names, args, ids=(), source_ids=None):
     Raises:
         MCSDError: if the two differ beyond the tolerance, or PyTorch is not installed.
     """
-    if not available():
-        raise MCSDError(f"[verify] --verify needs PyTorch but {MISSING}.")
+    need()
     source, result = Source(checkpoint, names, args), Result(out, args)
     stored = Stored(source, result)
     N = TOKENS if result.size < LARGE else FEW_TOKENS
@@ -163,14 +179,21 @@ class Source:
     def files(self):
         """Opened by the libraries that wrote them: a safetensors handle, or a tree of tensors."""
         import torch
-        from safetensors import safe_open
 
-        return {
-            file: safe_open(file, "pt")
-            if file.suffix == ".safetensors"
-            else torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip(file))
-            for file in self.checkpoint.files
-        }
+        opened = {}
+        for file in self.checkpoint.files:
+            try:
+                opened[file] = (
+                    safe_open(file, "pt")
+                    if file.suffix == ".safetensors"
+                    else torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip(file))
+                )
+            except REFUSALS as error:
+                raise MCSDError(
+                    f"[verify] torch must read {file} too but does not: {one_line(error)} "
+                    "--no-verify converts it all the same."
+                ) from None
+        return opened
 
     def tensor(self, name):
         """One tensor of the layout."""
@@ -303,7 +326,7 @@ def reference(tensor, args, ids):
     config = MCSDConfig(**{k: v for k, v in asdict(args).items() if k != "model_type"})
     with torch.no_grad():
         x = tensor("model.embed_tokens.weight")[torch.from_numpy(ids)]  # (B, N, D)
-        for i in range(args.num_hidden_layers):
+        for i in tqdm(range(args.num_hidden_layers), "comparing", unit="layer", disable=None):
             with torch.device("meta"):
                 layer = MCSDLayer(config).eval()
             weights = {name: tensor(f"model.layers.{i}.{name}") for name in layer.state_dict()}

@@ -1,6 +1,5 @@
 """SentencePiece models of every kind of setting, and the tokenizers built from them."""
 
-import io
 import json
 import random
 
@@ -9,15 +8,11 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import normalizers
 
+import tiny
 from mlx_mcsd import spm
 from mlx_mcsd.errors import MCSDError
 from mlx_mcsd.tokenizer import check_ids, from_sentencepiece, save_tokenizer
 
-TEXT = [
-    *['Once upon a time a little dog named Max said: "Yes!" ﬁne ½ é, and ran to the park.'] * 3,
-    "the cat sat on the mat ...   two  spaces\tand tabs",
-    "你好，世界。今天天气很好 你好 def f(x): return x ** 2  # 123",
-]
 POOLS = [
     "abc DE the dog",
     "Once upon a time  ",
@@ -28,25 +23,6 @@ POOLS = [
     " ▁",
     "<0x41><|user|>①\n<a b>",
 ]
-
-
-def train(edit=None, **options):
-    """The bytes of a small model; `edit` changes its specification."""
-    if "normalization_rule_tsv" not in options:
-        options = {"normalization_rule_name": "nmt_nfkc"} | options
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT),
-        model_writer=(buffer := io.BytesIO()),
-        minloglevel=2,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        vocab_size=380 if options.get("byte_fallback") else 110,
-        **options,
-    )
-    spec = sentencepiece_model_pb2.ModelProto.FromString(buffer.getvalue())
-    if edit:
-        edit(spec)
-    return spec.SerializeToString()
 
 
 def unescaped(spec):
@@ -115,13 +91,13 @@ SETTINGS = {
 @pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
 def test_same_ids(options):
     """Ids and decoded texts equal those of SentencePiece on texts of every kind."""
-    proto = train(**options)
+    proto = tiny.train_spm(**options)
     check_ids(from_sentencepiece(proto), proto, random_texts(0, 300))
 
 
 def test_character_map():
     """Every character and a sample of all longer rules come out as SentencePiece rewrites them."""
-    proto = train(**LOSSLESS)
+    proto = tiny.train_spm(**LOSSLESS)
     spec = sentencepiece_model_pb2.ModelProto.FromString(proto)
     processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
     normalizer = normalizers.Sequence(spm._normalizers(spec, []))
@@ -143,7 +119,7 @@ def test_character_map_of_ones_own(tmp_path):
         for source, target in rules.items()
     ]
     (tmp_path / "rules.tsv").write_text("\n".join(lines) + "\n")
-    proto = train(normalization_rule_tsv=str(tmp_path / "rules.tsv"))
+    proto = tiny.train_spm(normalization_rule_tsv=str(tmp_path / "rules.tsv"))
     texts = ["``a cat``", "cacatcat d", "qq cqat", "dé e\u0301"]
     check_ids(from_sentencepiece(proto), proto, [*texts, *random_texts(1, 200)])
     processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
@@ -152,7 +128,7 @@ def test_character_map_of_ones_own(tmp_path):
 
 def test_special_pieces_in_a_text():
     """A control symbol is its id; what lies between is encoded as SentencePiece would alone."""
-    proto = train(**LLAMA)
+    proto = tiny.train_spm(**LLAMA)
     tokenizer = from_sentencepiece(proto)
     processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
     parts = [processor.encode(text) for text in ("the dog", " ran\n")]
@@ -176,7 +152,7 @@ def test_begin_and_end(tmp_path, settings, begin, end):
     """What the source's tokenizer_config.json says of BOS and EOS is in the tokenizer."""
     from tokenizers import Tokenizer
 
-    proto = train(**LLAMA)
+    proto = tiny.train_spm(**LLAMA)
     save_tokenizer(tmp_path, proto, 512, settings)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     plain = sentencepiece.SentencePieceProcessor(model_proto=proto).encode("the dog")
@@ -193,7 +169,7 @@ def test_settings_are_kept(tmp_path):
         "tokenizer_class": "EvilTokenizer",
         "auto_map": {"AutoTokenizer": ["evil.T", None]},
     }
-    save_tokenizer(tmp_path, train(**SYMBOLS), 512, settings)
+    save_tokenizer(tmp_path, tiny.train_spm(**SYMBOLS), 512, settings)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["eos_token"] == "<|user|>" and config["chat_template"] == "{{ messages }}"
     assert config["tokenizer_class"] == "TokenizersBackend" and "auto_map" not in config
@@ -218,9 +194,12 @@ def damaged_map(spec):
     [
         (lambda: b"", "must be a SentencePiece model"),
         (lambda: b"junk", "must be a SentencePiece model"),
-        (lambda: train(model_type="word"), "of kind BPE, unigram or characters"),
-        (lambda: train(unused), "marked unused"),
-        (lambda: train(damaged_map), "normaliser of tokenizer.model|must be a SentencePiece"),
+        (lambda: tiny.train_spm(model_type="word"), "of kind BPE, unigram or characters"),
+        (lambda: tiny.train_spm(unused), "marked unused"),
+        (
+            lambda: tiny.train_spm(damaged_map),
+            "normaliser|must be a SentencePiece",
+        ),
     ],
     ids=["empty", "junk", "words", "unused", "damaged map"],
 )
@@ -231,7 +210,7 @@ def test_refused(proto, complaint):
 
 def test_first_difference_is_shown():
     """Spaces as a symbol, kept from shrinking: what cannot be had is refused, with the pieces."""
-    proto = train(user_defined_symbols=["  "])
+    proto = tiny.train_spm(user_defined_symbols=["  "])
     with pytest.raises(
         MCSDError, match=r"disagree on .* at token \d+ they have \[.*\] and \['"
     ) as e:

@@ -1,7 +1,10 @@
 """Tiny models on disk, complete with a tokenizer, for the tests of everything around the model."""
 
+import io
 import json
 
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 import oracle
@@ -36,3 +39,28 @@ def write_model(directory, seed=0, **config):
     oracle.write_checkpoint(directory, config, tensors)
     write_tokenizer(directory)
     return config, tensors
+
+
+SENTENCES = [
+    *['Once upon a time a little dog named Max said: "Yes!" ﬁne ½ é, and ran to the park.'] * 3,
+    "the cat sat on the mat ...   two  spaces\tand tabs",
+    "你好，世界。今天天气很好 你好 def f(x): return x ** 2  # 123",
+]
+
+
+def train_spm(edit=None, **options):
+    """The bytes of a small SentencePiece model; `edit` changes its specification."""
+    if "normalization_rule_tsv" not in options:
+        options = {"normalization_rule_name": "nmt_nfkc"} | options
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES),
+        model_writer=(buffer := io.BytesIO()),
+        minloglevel=2,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        **{"vocab_size": 380 if options.get("byte_fallback") else 110} | options,
+    )
+    spec = sentencepiece_model_pb2.ModelProto.FromString(buffer.getvalue())
+    if edit:
+        edit(spec)
+    return spec.SerializeToString()

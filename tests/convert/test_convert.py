@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 import oracle
 import tiny
-from converting import TOKENS, convert, edit_json, parameters, same
+from converting import TOKENS, convert, edit_json, main, parameters, same
 from mlx_mcsd.loading import load, load_model
 from mlx_mcsd.tokenizer import train_sentencepiece
 
@@ -30,7 +30,8 @@ def test_round_trip(tmp_path, target, variant, capsys):
     assert same(load_model(source)(TOKENS), load_model(target)(TOKENS))
     # No tokenizer: one warning, and nothing else on stderr.
     assert capsys.readouterr().err == (
-        f"warning: converting without a tokenizer: no tokenizer.json in {source}.\n"
+        f"warning: converting without a tokenizer: no tokenizer.json and no tokenizer.model in "
+        f"{source}.\n"
     )
 
 
@@ -104,33 +105,87 @@ def test_tokenizer_from_sentencepiece(tmp_path, target, capsys):
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "a!"
 
 
+def test_tokenizer_from_default_sentencepiece(source, target):
+    """So does one with SentencePiece's own settings, and what its tokenizer_config.json says."""
+    proto = tiny.train_spm(vocab_size=80, user_defined_symbols=["<|user|>"])
+    only_sentencepiece(source, proto)
+    edit_json(source / "tokenizer_config.json", eos_token="<|user|>", add_bos_token=False)
+    convert(source, target)
+    _, tokenizer = load(target)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    assert tokenizer.encode(TEXT) == processor.encode(TEXT)
+    assert tokenizer.eos_token_ids == {processor.piece_to_id("<|user|>")}
+
+
 @pytest.mark.parametrize(
     "proto, reason",
     [
         (lambda: b"junk", "must be a SentencePiece model"),
         (lambda: b"", "must be a SentencePiece model"),
+        (lambda: tiny.train_spm(vocab_size=80, user_defined_symbols=["  "]), "disagree on"),
         (
             lambda: train_sentencepiece([TEXT] * 3, 280),
             "vocabulary is smaller than the tokenizer's",
         ),
-        (None, "no tokenizer.json in"),
     ],
-    ids=["junk", "lossy", "large", "only its config"],
+    ids=["junk", "empty", "other ids", "large"],
 )
 def test_tokenizer_that_does_not_do(source, target, proto, reason, capsys):
-    """No tokenizer file is taken over, one line says why, and the result loads without."""
-    if proto is None:
-        (source / "tokenizer.json").unlink()
-    else:
-        only_sentencepiece(source, proto())
+    """A tokenizer that cannot be had as it is, is refused, and nothing is written."""
+    only_sentencepiece(source, proto())
+    with pytest.raises(SystemExit):
+        convert(source, target)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and reason in line
+    assert not target.exists()
+
+
+def test_tokenizer_with_a_mind_of_its_own(source, target, capsys):
+    """A class of transformers that makes other ids of a tokenizer.json is found."""
+    edit_json(source / "tokenizer_config.json", tokenizer_class="LlamaTokenizer", unk_token="<unk>")
+    with pytest.raises(SystemExit):
+        convert(source, target)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "must give the ids of its tokenizer.json but on" in line
+    assert "set tokenizer_class to TokenizersBackend" in line and str(source) in line
+
+
+def test_no_tokenizer(source, target, capsys):
+    """Without tokenizer.json and tokenizer.model a warning says so; the rest is not taken over."""
+    (source / "tokenizer.json").unlink()
     convert(source, target)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: converting without a tokenizer: ")
-    assert reason in line and str(source) in line
+    assert line.startswith("warning: converting without a tokenizer: ") and str(source) in line
     assert not list(target.glob("*token*"))
     model, tokenizer = load(target)
     assert tokenizer is None
     assert same(model(TOKENS), load_model(source)(TOKENS))
+
+
+def test_verified(source, target, capsys):
+    """The comparison is printed, and on the card."""
+    convert(source, target, "--verify", "-q", "--q-group-size", "32")
+    sentence = capsys.readouterr().out.splitlines()[-1]
+    assert sentence.startswith("Verified: over 144 tokens the logits differ from those of the")
+    assert sentence in (target / "README.md").read_text()
+
+
+def test_not_verified(source, target, monkeypatch, capsys):
+    """Nothing is written where the comparison fails; without PyTorch a line says so, or refuses."""
+    from mlx_mcsd.convert import verify
+
+    monkeypatch.setattr(verify, "TOLERANCE", 1e-9)
+    with pytest.raises(SystemExit):
+        convert(source, target, "--verify")
+    assert "[verify] the logits of the result must be the source's" in capsys.readouterr().err
+    assert [path.name for path in target.parent.iterdir()] == ["source"]
+    monkeypatch.setattr(verify, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        convert(source, target, "--verify")
+    assert "PyTorch and transformers are not installed" in capsys.readouterr().err
+    main(["--hf-path", str(source), "--mlx-path", str(target)])
+    assert "[INFO] Not verified: PyTorch and transformers are" in capsys.readouterr().out
+    assert "Verified" not in (target / "README.md").read_text()
 
 
 def test_converting_again_changes_nothing(source, target):
@@ -242,5 +297,6 @@ def test_command(root, source, target):
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"Wrote {target}: 23 tensors fill 15 parameters, 88,512 numbers")
-    assert len(done.stdout.splitlines()) == 1
+    assert len(done.stdout.splitlines()) == 2
+    assert done.stdout.splitlines()[1].startswith("Verified: ")
     assert same(load_model(source)(TOKENS), load_model(Path(target))(TOKENS))

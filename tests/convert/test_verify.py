@@ -111,9 +111,7 @@ def test_spoiled_weights(converted, change):
     """One wrong number is enough."""
     source, target = converted()
     rewrite(target, change)
-    with pytest.raises(
-        MCSDError, match="must be the source's to 1.0e-05 of the largest but differ"
-    ):
+    with pytest.raises(MCSDError, match="of the largest but differ by"):
         compare(source, target, ids=range(48))
 
 

@@ -1,0 +1,107 @@
+"""The tokenizer beside a converted model: copied or built, and the same ids as the source's."""
+
+import shutil
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from mlx_mcsd.errors import MCSDError
+from mlx_mcsd.loading import load_tokenizer, read_json
+from mlx_mcsd.tokenizer import SAMPLES, save_tokenizer
+
+from .locate import own
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def copy(names, source, out):
+    """Copy the files there are of some names."""
+    for name in names:
+        if own(source, name).exists():
+            shutil.copyfile(source / name, out / name)
+
+
+def add_tokenizer(source, args, out):
+    """Add a tokenizer to a directory with a config: the source's, or one of its `tokenizer.model`.
+
+    Args:
+        source: the directory with the source's.
+        args: the model's.
+        out: the directory to add to.
+
+    Returns:
+        The ids of one text, as the result reads it and as the source does; two empty lists, after a
+        note on stderr, where the source has no tokenizer.
+
+    Raises:
+        MCSDError: if the source's tokenizer does not load or fit the model, or cannot be had with
+            the same ids.
+    """
+    with TemporaryDirectory() as name:
+        scratch = Path(name)
+        shutil.copyfile(out / "config.json", scratch / "config.json")
+        try:
+            if own(source, "tokenizer.json").exists():
+                copy(FILES, source, scratch)
+            elif own(source, "tokenizer.model").exists():
+                copy(("chat_template.jinja",), source, scratch)
+                settings = own(source, "tokenizer_config.json")
+                save_tokenizer(
+                    scratch,
+                    (source / "tokenizer.model").read_bytes(),
+                    args.max_position_embeddings,
+                    read_json(settings) if settings.exists() else None,
+                )
+            else:
+                why = f"no tokenizer.json and no tokenizer.model in {source}"
+                print(f"warning: converting without a tokenizer: {why}.", file=sys.stderr)
+                return [], []
+            ids = compare(scratch)
+        except MCSDError as error:
+            raise MCSDError(str(error).replace(str(scratch), str(source))) from None
+        copy(FILES, scratch, out)
+    return ids
+
+
+def compare(directory):
+    """Compare a tokenizer as a user will load it with its `tokenizer.json`, on many texts.
+
+    They differ where `tokenizer_config.json` names a class that has its own mind.
+
+    Returns:
+        The ids of a text made of the vocabulary, as loaded and by `tokenizer.json`.
+
+    Raises:
+        MCSDError: showing the first text on which they differ, and where.
+    """
+    loaded = load_tokenizer(directory)
+    written = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    vocabulary = np.random.default_rng(0).integers(0, written.get_vocab_size(), 100).tolist()
+    own_words = written.decode(vocabulary)
+    # Special tokens that only tokenizer_config.json knows are added on loading.
+    special = [s for s in loaded.all_special_tokens if written.token_to_id(s) is not None]
+    for text in (*SAMPLES, "".join(f"a{s} {s}b" for s in special), own_words):
+        ids = loaded.encode(text, add_special_tokens=False)
+        wanted = written.encode(text, add_special_tokens=False).ids
+        if ids != wanted:
+            pairs = zip([*ids, None], [*wanted, None], strict=False)
+            first = next(i for i, (a, b) in enumerate(pairs) if a != b)
+            raise MCSDError(
+                f"[convert] the tokenizer in {directory} must give the ids of its tokenizer.json "
+                f"but on {text[:60]!r} it gives {ids[first : first + 3]} for "
+                f"{wanted[first : first + 3]} at token {first}; set tokenizer_class to "
+                "TokenizersBackend in its tokenizer_config.json."
+            )
+    return ids, wanted
