@@ -82,7 +82,7 @@ class Checkpoint:
             refuse(f"{name} must be of a type that MLX has but is {kind}.")
         if kind == "F64":
             try:
-                with np.errstate(over="raise"):
+                with np.errstate(over="raise", invalid="ignore"):  # a NaN may be of any kind
                     values = values.astype(np.float32)
             except FloatingPointError:
                 refuse(f"{name} must fit float32 but holds larger numbers.")

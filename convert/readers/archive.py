@@ -5,6 +5,8 @@ overlapping, named twice) is refused, so nothing here can be larger than the fil
 """
 
 import struct
+import zlib
+from typing import NamedTuple
 
 from .files import read_at, refuse, shown
 
@@ -13,10 +15,29 @@ MAX_DIRECTORY = 64 * 2**20
 END, END64, LOCATOR64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 ENTRY, LOCAL = b"PK\1\2", b"PK\3\4"
 UNKNOWN32 = 0xFFFFFFFF
+# Speed of a compression that is not used; sizes behind the data; names in UTF-8.
+KNOWN_FLAGS = 0b1000_0000_1110
+BLOCK = 2**24
+
+
+class Member(NamedTuple):
+    """Where the bytes of a member lie in the file, and their checksum; 0 is one not computed."""
+
+    start: int
+    size: int
+    crc: int
+
+    def is_whole(self, stream):
+        """Whether the bytes are those that were written."""
+        stream.seek(self.start)
+        left, crc = self.size, 0
+        while self.crc and left and (block := stream.read(min(BLOCK, left))):
+            left, crc = left - len(block), zlib.crc32(block, crc)
+        return crc == self.crc
 
 
 def members(stream, size, where):
-    """Return name -> (start, size) of the bytes of every member of an open archive.
+    """Return name -> `Member` of an open archive.
 
     Args:
         stream: the file, opened for reading bytes.
@@ -52,27 +73,29 @@ def members(stream, size, where):
         fixed = directory[position : position + 46]
         if len(fixed) < 46 or fixed[:4] != ENTRY:
             damaged("an entry of its directory is cut")
-        flags, method, packed, full, n_name, n_extra, n_comment, header = struct.unpack(
-            "<8xHH8xIIHHH8xI", fixed
+        flags, method, crc, packed, full, n_name, n_extra, n_comment, disk, header = struct.unpack(
+            "<8xHH4xIIIHHHH6xI", fixed
         )
         position += 46
         name = directory[position : position + n_name].decode("utf-8", "replace")
         extra = directory[position + n_name : position + n_name + n_extra]
         position += n_name + n_extra + n_comment
         packed, full, header = wide(extra, packed, full, header) or damaged("a zip64 field is cut")
+        if disk:
+            damaged("it is one of several")
         if name in found:
             damaged(f"two members are named {shown(name)}")
-        if method or flags & 1 or packed != full:
+        if method or flags & ~KNOWN_FLAGS or packed != full:
             refuse(
                 f"{where} must store its members as torch does but {shown(name)} is compressed or "
                 "encrypted; load and save it with torch."
             )
-        found[name] = (header, full)
+        found[name] = Member(header, full, crc)
     if position != length:
         damaged("its directory is longer than its entries")
 
     reached = 0
-    for name, (header, full) in sorted(found.items(), key=lambda item: item[1]):
+    for name, (header, full, crc) in sorted(found.items(), key=lambda item: item[1]):
         if header < reached or header + 30 > start:
             damaged(f"{shown(name)} overlaps another member")
         local = read_at(stream, header, 30)
@@ -82,7 +105,7 @@ def members(stream, size, where):
             damaged(f"{shown(name)} is not where the directory says")
         if read_at(stream, header + 30, n_name).decode("utf-8", "replace") != name:
             damaged(f"{shown(name)} has another name in front of its bytes")
-        found[name] = (begin, full)
+        found[name] = Member(begin, full, crc)
         reached = begin + full
     return found
 

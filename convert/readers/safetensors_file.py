@@ -86,9 +86,9 @@ class SafetensorsFile:
             )
         except (ValueError, RecursionError) as error:
             self.damaged(f"its header does not parse: {shown(error)}")
-        if type(header) is not dict or type(header.pop("__metadata__", None)) not in (
-            dict,
-            type(None),
+        metadata = header.pop("__metadata__", None) if type(header) is dict else ()
+        if metadata is not None and not (
+            type(metadata) is dict and all(type(value) is str for value in metadata.values())
         ):
             self.damaged("its header is no table of tensors")
         return header

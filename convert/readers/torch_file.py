@@ -5,17 +5,20 @@ reads it as plain data, and the numbers are believed only where they fit the fil
 """
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 
-from .archive import members
+from .archive import Member, members
 from .files import ITEM_SIZE, NUMPY_TYPES, check_name, read_at, refuse, shown, size_of
 from .gather import gather, reach
 from .records import CONSTRUCTORS, STORAGES, Storage, Tensor, is_size, name_of
 from .unpickle import MAX_PICKLE, Global, Opaque, Table, Unpickler
 
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
+# Members that tell a number: of the format, of the alignment of data, of the file.
+NUMBERS = ("version", ".format_version", ".storage_alignment", ".data/serialization_id")
 # An expanded tensor is larger than its storage: fine for a vector, not for a bomb; and so are
 # many tensors in one storage.
 MAX_EXPANDED = 2**16
@@ -41,8 +44,8 @@ class TorchFile:
         self.file = Path(file)
         self.where = shown(file, 300)
         self.big_endian = False
-        # Storage key -> what the pickle declares, and (start, size) of its bytes in the file.
-        self.storages, self.places = {}, {}
+        # Storage key -> what the pickle declares, and where its bytes lie; those found undamaged.
+        self.storages, self.places, self.whole = {}, {}, set()
         size = size_of(file)
         with open(file, "rb") as stream:
             start = read_at(stream, 0, min(size, 512))
@@ -75,23 +78,34 @@ class TorchFile:
         (root,) = roots
         if f"{root}constants.pkl" in found:
             refuse(f"{self.where} is a TorchScript program; save the model's state_dict() instead.")
-        start, length = found[f"{root}data.pkl"]
-        if length > MAX_PICKLE:
-            refuse(f"{self.where} must be a file of tensors but its pickle has {length} bytes.")
-        if f"{root}byteorder" in found:
-            at, count = found[f"{root}byteorder"]
-            order = read_at(stream, at, min(count, 16))
-            if order not in (b"little", b"big"):
-                refuse(f"{self.where} must be in little or big byte order but is in {order!r}.")
-            self.big_endian = order == b"big"
         data = f"{root}data/"
         self.places = {
             name.removeprefix(data): place for name, place in found.items() if name.startswith(data)
         }
-        unpickler = Unpickler(
-            read_at(stream, start, length), CONSTRUCTORS, self.storage, self.where
-        )
-        return unpickler.load()
+        if (length := found[f"{root}data.pkl"].size) > MAX_PICKLE:
+            refuse(f"{self.where} must be a file of tensors but its pickle has {length} bytes.")
+        small = {
+            name.removeprefix(root): self.small(stream, name, place)
+            for name, place in found.items()
+            if name.removeprefix(root) in ("data.pkl", "byteorder", *NUMBERS)
+        }
+        for name in NUMBERS:
+            if not re.fullmatch(rb"[0-9]{1,64}\n?", small.get(name, b"0")):
+                refuse(f"{self.where} must have a number as {name} but is damaged.")
+        if (order := small.get("byteorder", b"little")) not in (b"little", b"big"):
+            refuse(f"{self.where} must be in little or big byte order but is in {order[:16]!r}.")
+        self.big_endian = order == b"big"
+        return Unpickler(small["data.pkl"], CONSTRUCTORS, self.storage, self.where).load()
+
+    def small(self, stream, name, place):
+        """The bytes of a member that is no tensor's data."""
+        self.check_whole(stream, name, place)
+        return read_at(stream, place.start, min(place.size, MAX_PICKLE))
+
+    def check_whole(self, stream, name, place):
+        """Refuse bytes whose checksum is not the one that was written with them."""
+        if not place.is_whole(stream):
+            refuse(f"{name} in {self.where} has another checksum than when it was written.")
 
     def open_legacy(self, stream, size):
         """Read the pickles of the older format, and find the storages behind them.
@@ -117,7 +131,7 @@ class TorchFile:
                 unpickler.damaged()
             if int.from_bytes(read_at(stream, position, 8), "little") != numel:
                 unpickler.damaged()
-            self.places[key] = (position + 8, length)
+            self.places[key] = Member(position + 8, length, 0)
             position += 8 + length
         if position != size:
             unpickler.damaged()
@@ -154,7 +168,7 @@ class TorchFile:
         storage, item = tensor.storage, ITEM_SIZE[tensor.kind]
         if storage.key not in self.places:
             refuse(f"{self.where} must hold the data of {name} but does not.")
-        held, declared = self.places[storage.key][1], self.storages[storage.key].nbytes
+        held, declared = self.places[storage.key].size, self.storages[storage.key].nbytes
         if held != declared:
             refuse(f"{name} in {self.where} must lie in {declared} bytes of data but has {held}.")
         numel = math.prod(tensor.shape)
@@ -173,10 +187,13 @@ class TorchFile:
         """Return one tensor as a NumPy array of its own (see `NUMPY_TYPES`)."""
         tensor = self.records[path]
         dtype = np.dtype(NUMPY_TYPES[tensor.kind])
-        start, _ = self.places[tensor.storage.key]
-        start += tensor.storage.offset * ITEM_SIZE[tensor.storage.kind]
+        place = self.places[tensor.storage.key]
+        start = place.start + tensor.storage.offset * ITEM_SIZE[tensor.storage.kind]
         out = np.empty(tensor.shape, dtype)
         with open(self.file, "rb") as stream:
+            if place not in self.whole:
+                self.check_whole(stream, f"data/{tensor.storage.key}", place)
+                self.whole.add(place)
             gather(stream, start + tensor.offset * dtype.itemsize, out, tensor.strides)
         return out.byteswap(inplace=True) if self.big_endian else out
 

@@ -9,7 +9,9 @@ import pickletools
 import random
 import shutil
 import struct
+import warnings
 import zipfile
+from contextlib import suppress
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -207,13 +209,12 @@ def change_header(rng, content):
 def change_pickle(rng, content, start=0):
     """Change one opcode, or a number or a text of one, in a pickle that starts there."""
     spots = []
-    try:
+    with suppress(ValueError, IndexError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd text, which is nothing of ours
         while True:
             for opcode, argument, at in pickletools.genops(content[start:]):
                 spots.append((start + at, opcode, argument))
             start = spots[-1][0] + 1
-    except (ValueError, IndexError):
-        pass
     if not spots:
         return flip(rng, content)
     at, opcode, argument = rng.choice(spots)

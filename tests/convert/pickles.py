@@ -67,7 +67,8 @@ def zip_file(file, body, data=None, *, root="archive", more=None, pickled=None):
     members = {"data.pkl": PROTO2 + body + STOP if pickled is None else pickled}
     members |= {"byteorder": b"little"} | (more or {})
     data = {"0": bytes(range(16))} if data is None else data
-    members |= {f"data/{key}": value for key, value in data.items()} | {"version": b"3\n"}
+    members = {"version": b"3\n"} | members
+    members |= {f"data/{key}": value for key, value in data.items()}
     with zipfile.ZipFile(file, "w") as archive:
         for member, content in members.items():
             archive.writestr(f"{root}/{member}", content)

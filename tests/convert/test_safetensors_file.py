@@ -95,6 +95,7 @@ LIES = {
     "header a list": [],
     "header a number": "7",
     "metadata a list": {"w": entry(), "__metadata__": []},
+    "metadata of numbers": {"w": entry(), "__metadata__": {"a": 1}},
     "name twice": '{"w": %s, "w": %s}' % ((json.dumps(entry()),) * 2),
     "dtype twice": '{"w": {"dtype": "U8", ' + json.dumps(entry())[1:] + "}",
     "not a number": '{"w": NaN}',

@@ -385,3 +385,36 @@ def test_other_files(tmp_path):
     file.write_bytes(tar)
     assert "tar format" in message(file)
     message(tmp_path)
+
+
+def test_checksums(tmp_path):
+    """A bit that turned over on the way is found; a file without checksums is read."""
+    state = {"w": torch.arange(6.0), "v": torch.arange(3)}
+    torch.save(state, tmp_path / "x.pt")
+    content = (tmp_path / "x.pt").read_bytes()
+    at = content.index(state["w"].numpy().tobytes()) + 9
+    changed = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+    (tmp_path / "x.pt").write_bytes(changed)
+    reader = TorchFile(tmp_path / "x.pt")
+    assert reader.read(("v",)).tolist() == [0, 1, 2]
+    with pytest.raises(MCSDError, match=r"data/0 in .* has another checksum"):
+        reader.read(("w",))
+    at = content.index(b"FloatStorage")
+    (tmp_path / "x.pt").write_bytes(content[:at] + b"X" + content[at + 1 :])
+    assert "data.pkl" in message(tmp_path / "x.pt")
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, tmp_path / "x.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert held(tmp_path / "x.pt") == {key: bits(value) for key, value in state.items()}
+
+
+@pytest.mark.parametrize("member", torch_file.NUMBERS)
+def test_numbers_of_the_format(tmp_path, member):
+    """What torch reads as a number has to be one."""
+    zip_file(tmp_path / "x.pt", table({"w": tensor()}), more={member: b"64"})
+    assert held(tmp_path / "x.pt")["w"][1] == (4,)
+    for wrong in (b"", b"6x", b"-1", b"9" * 65):
+        zip_file(tmp_path / "x.pt", table({"w": tensor()}), more={member: wrong})
+        assert "must have a number" in message(tmp_path / "x.pt")

@@ -111,3 +111,11 @@ def test_types_of_mlx(tmp_path):
     torch.save({"w": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "x.pt")
     with pytest.raises(MCSDError, match="w must be of a type that MLX has"):
         Checkpoint(tmp_path / "x.pt").load("w")
+
+
+def test_nan_of_any_kind(tmp_path):
+    """A signalling NaN in float64 is a NaN in float32."""
+    value = torch.tensor([0x7FF4000000000000]).view(torch.float64)
+    torch.save({"w": value}, tmp_path / "x.pt")
+    (loaded,) = Checkpoint(tmp_path / "x.pt").load("w").tolist()
+    assert loaded != loaded
