@@ -1,6 +1,7 @@
 """``python -m mlx_mcsd.generate``: text from a prompt, as it is made."""
 
 import json
+import os
 import shlex
 import sys
 
@@ -37,6 +38,12 @@ def setup_arg_parser() -> Parser:
     )
     add("--state", help="continue from a state that --save-state or mlx_mcsd.read saved")
     add("--save-state", metavar="FILE", help="save the state at the end, to continue from")
+    add(
+        "--pipeline",
+        action="store_true",
+        help="launched on several machines by mlx.launch: give each of them whole layers, rather "
+        "than whole channels of every layer",
+    )
     add("--prompt-cache-file", help="continue from a cache that mlx_lm.cache_prompt saved")
     add(
         "--verbose",
@@ -59,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     template = read_template_config(args.chat_template_config)
 
     # Seconds of imports, which --help and a mistyped flag need not wait for.
+    import mlx.core as mx
+
     from . import loading
     from .generation import stream_generate
     from .state import State
@@ -71,7 +80,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     tokenizer = loading.load_tokenizer(directory)
-    model = loading.load_model(directory)
+    group = join(args)
+    model = loading.load_model(directory, lazy=True)
+    if args.pipeline:
+        model.model.pipeline(group)
+    else:
+        model.shard(group)
+    mx.eval(model.parameters())  # of what is shared out, this process reads its share alone
     if args.adapter_path is not None:
         loading.load_adapters(model, args.adapter_path)
     state = State(model) if args.state is None else State.load(args.state, model)
@@ -119,6 +134,22 @@ def main(argv: list[str] | None = None) -> None:
         raise interrupted
     if args.verbose:
         print_summary(response, state)
+
+
+def join(args):
+    """The group of processes that mlx.launch has started, one if it has not; the first prints."""
+    import mlx.core as mx
+
+    group = mx.distributed.init()
+    if group.size() > 1:
+        whole = ("adapter_path", "state", "save_state", "prompt_cache_file")
+        if given := [f"--{f.replace('_', '-')}" for f in whole if getattr(args, f) is not None]:
+            raise MCSDError(f"{given[0]} needs one process but {group.size()} were launched.")
+        if args.seed is None:  # every process draws the same tokens
+            args.seed = mx.distributed.all_max(mx.random.randint(0, 2**31 - 1), group=group).item()
+        if group.rank():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    return group
 
 
 def read_prompt(prompt: str | None, continues: bool = False) -> str:

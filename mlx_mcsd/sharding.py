@@ -69,7 +69,7 @@ def take(layer: nn.Module, axis: int, total: int, *spans: Span) -> None:
     Raises:
         MCSDError: if the layer is of another kind, such as a LoRA adapter's.
     """
-    if type(layer) not in LAYERS:
+    if not isinstance(layer, LAYERS):
         raise MCSDError(
             f"[shard] layers must be linear or quantized but one is a {type(layer).__name__}; "
             "fuse adapters into the model before it is shared out."

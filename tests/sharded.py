@@ -15,6 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator, generate_step
 
+from mlx_mcsd import generate
 from models import mlx_model, random_tokens
 from oracle import VARIANTS, random_checkpoint, relative_error
 
@@ -74,11 +75,11 @@ def gradients(model, shared):
 def continuations(model):
     """Greedy tokens of mlx-lm's loop, prefill in pieces, and of its batches."""
     single = [
-        [token for token, _ in generate_step(mx.array(p), model, max_tokens=6, prefill_step_size=2)]
+        [token for token, _ in generate_step(mx.array(p), model, max_tokens=4, prefill_step_size=2)]
         for p in PROMPTS
     ]
     generator = BatchGenerator(
-        model, max_tokens=6, completion_batch_size=2, prefill_batch_size=2, prefill_step_size=4
+        model, max_tokens=4, completion_batch_size=2, prefill_batch_size=2, prefill_step_size=4
     )
     ids = generator.insert(PROMPTS)
     batched = {i: [] for i in ids}
@@ -87,6 +88,12 @@ def continuations(model):
             batched[response.uid].append(response.token)
     generator.close()
     return {"single": single, "batched": [batched[i] for i in ids]}
+
+
+def seed():
+    args = generate.setup_arg_parser().parse_args([])
+    generate.join(args)
+    return args.seed
 
 
 def shard(model):
@@ -104,15 +111,17 @@ def pipeline(model):
 def main(path):
     """Write RESULTS/RANK.json."""
     results = {"variants": {}, "gradients": {}, "quantized": {}}
-    few = mx.distributed.init().size() > 2
+    few = mx.distributed.init().size() > 2  # then what differs by the number of ranks
     for variant in VARIANTS:
-        if few and not variant.id.endswith("slope+decay") and "dense-concat" not in variant.id:
+        if few and not variant.id.endswith("slope+decay"):
             continue
         model = mlx_model(*random_checkpoint(5, **ODD, **variant.values[0]))
         results["variants"][variant.id] = compare(model, shard(model))
         if variant.id.endswith("slope+decay"):
             results["gradients"][variant.id] = gradients(model, shard(model))
     for name, (variant, how) in QUANTIZED.items():
+        if few and how["mode"] != "affine":
+            continue
         model = mlx_model(*random_checkpoint(6, **WIDE, **variant))
         nn.quantize(model, **how, class_predicate=lambda _, m: hasattr(m, "to_quantized"))
         results["quantized"][name] = compare(model, shard(model))
@@ -120,6 +129,7 @@ def main(path):
     results["layers"] = compare(model, pipeline(model))
     for name, how in {"whole": copy.deepcopy, "shard": shard, "pipeline": pipeline}.items():
         results[name] = continuations(how(model))
+    results["seed"] = seed()
     Path(path, f"{mx.distributed.init().rank()}.json").write_text(json.dumps(results))
 
 

@@ -5,7 +5,7 @@
 
 import json
 import os
-import signal
+import random
 import socket
 import subprocess
 import sys
@@ -21,79 +21,66 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import oracle
 import tiny
+from mlx_mcsd import generate
 from mlx_mcsd.errors import MCSDError
 from mlx_mcsd.mixers.base import Mixer
 from mlx_mcsd.model import Model, ModelArgs
+from models import Rank
 from oracle import random_checkpoint
 from sharded import ODD, QUANTIZED, B
 
 TOLERANCE = 1e-5
 VARIANTS = {variant.id: variant.values[0] for variant in oracle.VARIANTS}
-LAUNCH = ["-c", "from mlx._distributed_utils.launch import main; main()"]
 
 
 def free_ports(count):
-    """The first of this many neighbouring ports that nobody listens on."""
+    """The first of neighbouring ports that nobody uses, below those a system hands out itself."""
     while True:
-        with ExitStack() as stack:
-            ports = [stack.enter_context(socket.socket()) for _ in range(count)]
-            ports[0].bind(("127.0.0.1", 0))
-            first = ports[0].getsockname()[1]
-            try:
-                for i, port in enumerate(ports[1:], 1):
-                    port.bind(("127.0.0.1", first + i))
-            except (OSError, OverflowError):
-                continue
-            return first
+        first = random.randrange(20_000, 32_000)
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
 
 
-def spawn(stack, command, log, stdin=subprocess.DEVNULL, **environment):
-    """Start a process that writes to a file and does not outlive the stack."""
-
-    def stop():
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # what it has launched as well
-            process.wait()
-
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        env=os.environ | environment,
-        stdin=stdin,
-        stdout=stack.enter_context(log.open("w")),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    stack.callback(stop)
-    return process
-
-
-class Rank:
-    """A member of a group that is not there: enough to be given a share."""
-
-    def __init__(self, rank, ranks):
-        self.rank, self.size = lambda: rank, lambda: ranks
+def run_ranks(out, ranks, *command, stdin=os.devnull):
+    """Run a command as each of some ranks, as mlx.launch does; returns what each prints."""
+    first, codes = free_ports(ranks), [None]
+    hosts = [[f"127.0.0.1:{first + rank}"] for rank in range(ranks)]
+    (out / "hosts.json").write_text(json.dumps(hosts))
+    logs = [out / f"{rank}.log" for rank in range(ranks)]
+    group = {"MLX_HOSTFILE": str(out / "hosts.json")} if ranks > 1 else {}
+    deadline = time.monotonic() + 240
+    with ExitStack() as stack:
+        processes = []
+        for rank, log in enumerate(logs):
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                env=os.environ | group | {"MLX_RANK": str(rank)},
+                stdin=stack.enter_context(open(stdin)),
+                stdout=stack.enter_context(log.open("w")),
+                stderr=subprocess.STDOUT,
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            processes.append(process)
+        # Where one fails the others would wait for it for ever.
+        while None in codes and not any(codes) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            codes = [process.poll() for process in processes]
+    assert codes == [0] * ranks, [log.read_text() for log in logs]
+    return [log.read_text() for log in logs]
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
 def found(request, tmp_path_factory):
     """The findings of every rank."""
-    out, ranks = tmp_path_factory.mktemp("ranks"), range(request.param)
-    hosts, first = out / "hosts.json", free_ports(len(ranks))
-    hosts.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in ranks]))
-    script = Path(__file__).with_name("sharded.py")
-    logs = [out / f"{rank}.log" for rank in ranks]
-    deadline = time.monotonic() + 240
-    with ExitStack() as stack:
-        processes = [
-            spawn(stack, [script, out], logs[rank], MLX_RANK=str(rank), MLX_HOSTFILE=str(hosts))
-            for rank in ranks
-        ]
-        # Where one fails the others would wait for it for ever.
-        while None in (codes := [process.poll() for process in processes]) and not any(codes):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    assert not any(codes), [log.read_text() for log in logs]
-    return [json.loads((out / f"{rank}.json").read_text()) for rank in ranks]
+    out, ranks = tmp_path_factory.mktemp("ranks"), request.param
+    run_ranks(out, ranks, Path(__file__).with_name("sharded.py"), out)
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def share(total, rank, ranks):
@@ -122,19 +109,18 @@ def expected_bytes(config, rank, ranks):
 # --- what the ranks found ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_variants(found, name):
+def test_variants(found):
     """Unequal shares of 5 channels and 13 features: the logits, states and bytes of each rank."""
-    if name not in found[0]["variants"]:
-        assert len(found) > 2  # what differs from two ranks shows in a part of them
-        return
-    config, _ = random_checkpoint(0, **ODD, **VARIANTS[name])
-    for rank, result in enumerate(r["variants"][name] for r in found):
-        assert result["error"] < TOLERANCE
-        c, Dc = share(5, rank, len(found)), 4
-        slots = [[B, c, Dc]] * len(config["sections"])
-        assert result["states"] == [[*slots, [B]]]
-        assert result["bytes"] == expected_bytes(config, rank, len(found))
+    ranks, Dc = len(found), 4
+    names = [name for name in VARIANTS if ranks == 2 or name.endswith("slope+decay")]
+    for rank, results in enumerate(r["variants"] for r in found):
+        assert list(results) == names
+        for name, result in results.items():
+            config, _ = random_checkpoint(0, **ODD, **VARIANTS[name])
+            assert result["error"] < TOLERANCE, name
+            slots = [[B, share(5, rank, ranks), Dc]] * len(config["sections"])
+            assert result["states"] == [[*slots, [B]]], name
+            assert result["bytes"] == expected_bytes(config, rank, ranks), name
 
 
 def test_gradients(found):
@@ -146,11 +132,13 @@ def test_gradients(found):
             assert max(errors.values()) < TOLERANCE, variant
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
-def test_quantized(found, name):
+def test_quantized(found):
     """Shares are cut between quantization groups: nothing is quantized anew."""
-    for rank in found:
-        assert rank["quantized"][name]["error"] < TOLERANCE
+    names = [name for name in QUANTIZED if len(found) == 2 or name.startswith("affine")]
+    for results in (rank["quantized"] for rank in found):
+        assert list(results) == names
+        for name, result in results.items():
+            assert result["error"] < TOLERANCE, name
 
 
 def test_pipeline(found):
@@ -170,6 +158,12 @@ def test_same_tokens(found, how):
     """mlx-lm's loop and its batches say on every rank what one process says."""
     for rank in found:
         assert rank[how] == rank["whole"] == found[0]["whole"]
+
+
+def test_seed(found):
+    """Without --seed, `mlx_mcsd.generate` draws the same tokens everywhere."""
+    seeds = [rank["seed"] for rank in found]
+    assert isinstance(seeds[0], int) and seeds == seeds[:1] * len(found)
 
 
 # --- shares ------------------------------------------------------------------------------------
@@ -267,11 +261,32 @@ def test_a_group_of_one_changes_nothing():
     assert all(mx.array_equal(after[name], value).item() for name, value in before.items())
 
 
-# --- mlx-lm's commands -------------------------------------------------------------------------
+# --- commands ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [[], ["--pipeline"]], ids=["tensor", "pipeline"])
+def test_generate(tmp_path, capsys, how):
+    """Two processes tell the story that one tells; the second prints nothing."""
+    tiny.write_model(tmp_path / "model", num_channels=3)
+    flags = ["--model", str(tmp_path / "model"), "--temp", "0.8", "--seed", "1", *how]
+    flags += ["--prompt", "a b", "-m", "9", "--verbose", "false"]
+    generate.main(flags)
+    story = capsys.readouterr().out
+    assert len(story) > 9
+    assert run_ranks(tmp_path, 2, "-m", "mlx_mcsd.generate", *flags) == [story, ""]
+
+
+@pytest.mark.parametrize("flag", ["--state", "--save-state", "--prompt-cache-file"])
+def test_generate_needs_one_process(monkeypatch, capsys, flag):
+    """A state on several machines is in parts: no file holds it."""
+    monkeypatch.setattr(mx.distributed, "init", lambda: Rank(1, 2))
+    args = generate.setup_arg_parser().parse_args([flag, "file"])
+    with pytest.raises(MCSDError, match=f"{flag} needs one process but 2 were launched"):
+        generate.join(args)
 
 
 def test_chat(tmp_path):
-    """`mlx_lm.chat`, launched on two processes, answers as it does on one."""
+    """`mlx_lm.chat`, on two processes, answers as it does on one."""
     tiny.write_model(tmp_path, num_channels=3, num_hidden_layers=3)
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tiny.write_tokenizer(tmp_path, chat_template=template)
@@ -281,23 +296,14 @@ def test_chat(tmp_path):
     names = dict.fromkeys(mx.load(str(tmp_path / "model.safetensors")), "model.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     command = ["-m", "mlx_lm", "chat", "--model", tmp_path, "--trust-remote-code", "-m", "12"]
-    launched = [*LAUNCH, "-n", "2", "--backend", "ring", "-p", str(free_ports(2)), "--"]
-    said = []
-    for words in (
-        command,
-        [*launched, sys.executable, *command],
-        [*launched, sys.executable, *command, "--pipeline"],
-    ):
-        reads, writes = os.pipe()  # left open: at its end mlx.launch would spin
-        os.write(writes, b"a b\nb a\nq\n")
-        with ExitStack() as stack:
-            stack.callback(os.close, reads)
-            stack.callback(os.close, writes)
-            process = spawn(stack, words, tmp_path / "log", stdin=reads)
-            assert process.wait(timeout=240) == 0
-        text = (tmp_path / "log").read_text()
+    (tmp_path / "typed").write_text("a b\nb a\nq\n")
+
+    def said(ranks, *how):
+        text = run_ranks(tmp_path, ranks, *command, *how, stdin=tmp_path / "typed")[0]
         # Speeds differ, and mlx-lm leaves while its look-ahead step may still wait for the others.
-        said.append([x for x in text.splitlines() if "tok/s" not in x and "[ring]" not in x])
-    assert len(said[0]) > 10
-    assert said[1] == said[0]
-    assert said[2] == said[0]
+        return [x for x in text.splitlines() if "tok/s" not in x and "[ring]" not in x]
+
+    alone = said(1)
+    assert len(alone) > 10
+    assert said(2) == alone
+    assert said(2, "--pipeline") == alone
