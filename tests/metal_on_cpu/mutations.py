@@ -63,14 +63,13 @@ class Trial:
 
 
 def lying(a, i: int = 0):
-    """Return an MLX array with the values of a, spread over a larger one; how depends on i."""
+    """Return an MLX array with the values of a, in strides of a larger one that depend on i."""
     if a is None:
         return None
-    room = [n + (i + k) % 3 for k, n in enumerate(a.shape[1:-1])]
-    wide = np.zeros((*a.shape[:1], *room, 2 * a.shape[-1]), a.dtype)
-    here = (slice(None), *(slice(n) for n in a.shape[1:-1]), slice(None, None, 2))
-    if a.ndim == 1:
-        wide, here = np.zeros(2 * a.size, a.dtype), (slice(None, None, 2),)
+    step = 2 + i % 2
+    wider = [n + (i + k) % 3 for k, n in enumerate(a.shape)]
+    wide = np.zeros((*wider[:-1], step * a.shape[-1]), a.dtype)
+    here = (*(slice(n) for n in a.shape[:-1]), slice(None, None, step))
     wide[here] = a
     return mx.array(wide)[here]
 

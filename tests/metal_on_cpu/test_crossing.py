@@ -27,6 +27,7 @@ SIZES = {
 }
 COUNTS = (0, 1, 2, 4095, 10_000_000)  # tokens read before
 ULP = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}  # of what is rounded once
+SUBNORMAL = {mx.float16: 2.0**-25}  # what rounding costs numbers below 6e-5
 
 
 class Crossing:
@@ -199,7 +200,8 @@ def test_crossings(kernel, monkeypatch):
         for i, (g, w) in enumerate(zip(got, want, strict=True)):
             exists = np.isfinite(w)  # what is made of a token that does not exist is void
             g_, w = exact(g)[exists], w[exists]
-            error = np.abs(g_ - w).max(initial=0) / (np.abs(w).max(initial=0) or 1.0)
+            error = max(0, np.abs(g_ - w).max(initial=0) - SUBNORMAL.get(g.dtype, 0))
+            error /= np.abs(w).max(initial=0) or 1.0
             assert error <= 1e-5 + ULP.get(g.dtype, 0), f"output {i} of {x.words}"
             worst[g.dtype] = max(worst.get(g.dtype, (0, "")), (float(error), x.words))
     for dtype, (error, words) in worst.items() if LONG else ():

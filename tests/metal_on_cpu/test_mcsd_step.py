@@ -54,6 +54,18 @@ def test_values(C, Dc, concat):
         check(step(*args, concat), block(*args, concat))
 
 
+def test_decays_are_not_rounded(C=10, Dc=20):
+    """States are what e^-beta makes of them, rounded once: e^-beta is no float."""
+    tokens, states, *rest = inputs(C, Dc)
+    for t in tokens:
+        t[:] = 0
+    want = block(tokens, states, *rest)
+    with executed():
+        got = step(tokens, states, *rest)
+    for g, w in zip(got[1:3], want[1:3], strict=True):
+        assert np.all(np.abs(np.array(g) - w) <= 0.501 * np.spacing(np.float32(np.abs(w))))
+
+
 @pytest.mark.parametrize("flags", ["mask", "reset", "both"])
 def test_masks_and_resets(flags):
     """With NaN in the token that does not exist, whose reset is void."""
