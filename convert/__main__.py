@@ -4,7 +4,7 @@ import json
 from argparse import BooleanOptionalAction
 
 from mlx_mcsd.cli import Parser, integer
-from mlx_mcsd.errors import exits_cleanly
+from mlx_mcsd.errors import MCSDError, exits_cleanly
 
 
 def setup_arg_parser():
@@ -17,12 +17,14 @@ def setup_arg_parser():
         "--hf-path",
         "--model",
         required=True,
-        help="the source: a directory or a file of safetensors or torch weights, or a hub id",
+        help="the source: a directory or a file of safetensors or torch weights, or a hub id; with "
+        "--reverse the directory to make",
     )
     p.add_argument(
         "--mlx-path",
         default="mlx_model",
-        help="the directory to make; it must not exist (default: %(default)s)",
+        help="the directory to make, which must not exist; with --reverse the source "
+        "(default: %(default)s)",
     )
     p.add_argument(
         "--dtype",
@@ -77,6 +79,15 @@ def setup_arg_parser():
         help="compare the result's logits with the source's in PyTorch before it is put in place "
         "(default: where PyTorch is installed)",
     )
+    p.add_argument(
+        "--reverse",
+        action="store_true",
+        help="write the Hugging Face directory --hf-path, for PyTorch, from the MLX model "
+        "--mlx-path; of the other flags --dtype and --dequantize go with it",
+    )
+    p.add_argument(
+        "-d", "--dequantize", action="store_true", help="with --reverse: unpack quantized weights"
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return p
 
@@ -85,6 +96,10 @@ def setup_arg_parser():
 def main(argv=None):
     """Run the command."""
     args = vars(setup_arg_parser().parse_args(argv))
+    if args.pop("reverse"):
+        return reverse(args)
+    if args.pop("dequantize"):
+        raise MCSDError("[convert] --dequantize needs --reverse but it is not set.")
     as_json = args.pop("json")
     # MLX and mlx-lm take seconds to import; --help and a mistyped flag should not.
     from mlx_mcsd.convert.pipeline import convert
@@ -100,6 +115,18 @@ def main(argv=None):
         print(f"{'Wrote' if report.written else 'Would write'} {report.target}: {report.summary()}")
         if report.verification:
             print(report.verification.text())
+
+
+def reverse(args):
+    """Run the way back; its flags are few."""
+    taken = ("mlx_path", "hf_path", "dtype", "dequantize")
+    defaults = vars(setup_arg_parser().parse_args(["--hf-path", ""]))
+    if other := [key for key, value in args.items() if key not in taken and value != defaults[key]]:
+        flags = {action.dest: action.option_strings[-1] for action in setup_arg_parser()._actions}
+        raise MCSDError(f"[convert] --reverse must go without {flags[other[0]]} but has it.")
+    from mlx_mcsd.convert.reverse import reverse
+
+    print(f"Wrote {reverse(**{key: args[key] for key in taken})}")
 
 
 if __name__ == "__main__":

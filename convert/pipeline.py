@@ -66,7 +66,7 @@ def convert(
         MCSDError: for whatever is wrong with the source, the target or the options. Nothing is
             written then.
     """
-    target = new_directory(mlx_path)
+    target = writing.new_directory(mlx_path, "--mlx-path")
     check_choice("--dtype", dtype, (None, *DTYPES))
     check_choice("--q-mode", q_mode, quantization.USUAL)
     if not quantize and (q_bits or q_group_size or q_rules or q_mode != "affine"):
@@ -141,25 +141,6 @@ def write_weights(out, plan, reader):
                     shards.append(name, part)
             mx.clear_cache()
         shards.verify()
-
-
-def new_directory(path):
-    """Return the path to a directory that can be made there, or say why not, before any work."""
-    if not str(path):
-        raise MCSDError("[convert] --mlx-path must name a directory to make but is empty.")
-    try:
-        Path(path).lstat()
-    except FileNotFoundError:
-        return Path(path)
-    except (OSError, ValueError) as error:  # too long, below a file, a NUL byte
-        reason = getattr(error, "strerror", None) or error
-        raise MCSDError(
-            f"[convert] --mlx-path must name a directory to make but {str(path)[:80]!r} cannot be "
-            f"one: {reason}."
-        ) from None
-    raise MCSDError(
-        f"[convert] {path} must not exist but does; delete it or name another --mlx-path."
-    )
 
 
 def check_choice(flag, value, choices):

@@ -18,13 +18,13 @@ from pickle import UnpicklingError
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from mlx_mcsd.errors import MCSDError
-from mlx_mcsd.loading import load_model, one_line, read_config
-from mlx_mcsd.model import Model
+from mlx_mcsd.loading import load_model, one_line
+
+from .result import Result
 
 TOLERANCE = 1e-5
 """Of the largest logit, for every 12 layers: the rounding errors of float32 add up with depth."""
@@ -37,15 +37,6 @@ MISSING = "PyTorch and transformers are not installed (pip install 'mlx-mcsd[con
 # With which torch and safetensors refuse a file: pickles end in any of these.
 REFUSALS = (RuntimeError, UnpicklingError, SafetensorError, EOFError, LookupError, TypeError)
 REFUSALS += (AttributeError, ValueError, OSError)
-
-# The largest error of one packed number, as a part of its group's largest (half the widest gap
-# between two values, and what a coarse scale adds), and alone: scales come of float16 weights with
-# the last digit that type has, and in nvfp4 have eight bits. Affine modes have a step instead.
-PACKED = {
-    "mxfp4": (0.3, 6 * 2.0**-24),
-    "mxfp8": (0.15, 448 * 2.0**-25),
-    "nvfp4": (0.3, 6 * 2.0**-10),
-}
 
 
 @dataclass
@@ -222,64 +213,6 @@ def is_zip(file):
         return stream.read(4) == b"PK\3\4"
 
 
-class Result:
-    """The tensors on the disk under the names of the layout."""
-
-    def __init__(self, out, args):
-        self.homes, self.dtypes, self.size = {}, {}, 0
-        for file in sorted(out.glob("model*.safetensors")):
-            for name, array in mx.load(str(file)).items():
-                self.homes[name], self.dtypes[name] = file, array.dtype
-        self.settings = read_config(out).get("quantization", {})
-        self.places = {}
-        model = Model(args)  # of shapes: nothing is evaluated
-        for name, array in tree_flatten(model.parameters()):
-            self.places[name] = (name, 0, 1)
-            self.size += array.size
-        for path, module in model.named_modules():
-            for whole, parts in getattr(module, "fused", {}).items():
-                for index, part in enumerate(parts):
-                    place = (f"{path}.{whole}.weight", index, len(parts))
-                    self.places[f"{path}.{part}.weight"] = place
-
-    def dtype(self, name):
-        """The type a tensor is stored in, torch's; None if it is packed."""
-        import torch
-
-        stored, *_ = self.places[name]
-        dtype = self.dtypes[stored]
-        return None if dtype == mx.uint32 else getattr(torch, str(dtype).removeprefix("mlx.core."))
-
-    def unpacked(self, name):
-        """A packed tensor's numbers, and the largest error that its packing may have made."""
-        stored, index, count = self.places[name]
-        path = stored.removesuffix(".weight")
-        entry = self.settings.get(path)
-        settings = entry if isinstance(entry, dict) else self.settings
-        mode = settings.get("mode", "affine")
-        group = settings["group_size"]
-        arrays = mx.load(str(self.homes[stored]))  # anew, to let go of what is read
-        scales, biases = (arrays.get(f"{path}.{kind}") for kind in ("scales", "biases"))
-        half = scales.dtype == mx.float16
-        if mode == "affine":  # in float32, or the sum of bias and step would be rounded once more
-            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        options = {"group_size": group, "bits": settings["bits"], "mode": mode}
-        weight = mx.dequantize(arrays[stored], scales, biases, **options).astype(mx.float32)
-        grouped = mx.unflatten(weight, -1, (-1, group))
-        largest = mx.abs(grouped).max(axis=-1, keepdims=True)
-        if mode == "affine":
-            # A whole step, since the end of a group may be cut off, and what rounding its scale and
-            # bias to half precision adds.
-            digit = 2.0 ** (settings["bits"] - 24)
-            allowed = mx.abs(scales)[..., None] + largest * 2.0**-6 + digit * half
-        else:
-            part, alone = PACKED[mode]
-            allowed = largest * part + alone
-        allowed = mx.flatten(mx.broadcast_to(allowed, grouped.shape), -2)
-        rows = [mx.split(array, count, axis=-2)[index] for array in (weight, allowed)]
-        return [np.array(array) for array in rows]
-
-
 class Stored:
     """The source's tensors as the result must have them: rounded by torch, or unpacked.
 
@@ -298,11 +231,11 @@ class Stored:
 
         value = self.source.tensor(name)
         if dtype := self.result.dtype(name):
-            rounded = value.to(dtype).float()
+            rounded = value.to(getattr(torch, str(dtype).removeprefix("mlx.core."))).float()
             self.changed |= not torch.equal(rounded.nan_to_num(), value.nan_to_num())
             return rounded
         self.changed = True
-        packed, allowed = map(torch.from_numpy, self.result.unpacked(name))
+        packed, allowed = (torch.from_numpy(np.array(x)) for x in self.result.unpacked(name))
         error = (packed - value).abs()
         step = float((error / allowed.clamp(min=1e-30)).where(error > 0, 0.0).max())
         if not step <= 1:

@@ -51,6 +51,23 @@ def card(name, origin, options, verification=""):
     return CARD.format(name=name, origin=origin, options=options, verification=paragraph)
 
 
+def new_directory(path, flag):
+    """Return the path to a directory that can be made there, or say why not, before any work."""
+    if not str(path):
+        raise MCSDError(f"[convert] {flag} must name a directory to make but is empty.")
+    try:
+        Path(path).lstat()
+    except FileNotFoundError:
+        return Path(path)
+    except (OSError, ValueError) as error:  # too long, below a file, a NUL byte
+        reason = getattr(error, "strerror", None) or error
+        raise MCSDError(
+            f"[convert] {flag} must name a directory to make but {str(path)[:80]!r} cannot be one: "
+            f"{reason}."
+        ) from None
+    raise MCSDError(f"[convert] {path} must not exist but does; delete it or name another {flag}.")
+
+
 @contextmanager
 def directory(target):
     """A directory to fill, renamed to `target` when the block ends well and removed when not.
