@@ -4,8 +4,11 @@ import json
 import socket
 import time
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from threading import Thread
 
+import mlx.core as mx
+from mlx_lm.generate import generate_step
 from tokenizers import Tokenizer, decoders, models, processors
 
 import oracle
@@ -96,3 +99,45 @@ def wait_until(condition, seconds=10):
             return False
         time.sleep(0.01)
     return True
+
+
+def stream(server, body, path="/v1/completions"):
+    """The events of a streamed answer, as they come."""
+    connection = HTTPConnection(*server.server_address[:2], timeout=60)
+    try:
+        content = json.dumps({"stream": True, **body})
+        connection.request("POST", path, content, {"Host": "localhost"})
+        answer = connection.getresponse()
+        assert answer.status == 200, answer.read()
+        for line in answer:
+            if line.startswith(b"data: {"):
+                yield json.loads(line[6:])
+    finally:
+        connection.close()
+
+
+def greedy(app, prompt, n):
+    """What the model writes alone after these ids, to its end: ids, log probabilities, margins.
+
+    A margin is how far the best token of a step is ahead of the second; the last one may be of the
+    token that ends the text.
+    """
+
+    ids, chances, margins = [], [], []
+
+    def run():
+        model = app.engine.model
+        steps = generate_step(
+            mx.array(prompt), model, max_tokens=n, prompt_cache=model.make_cache()
+        )
+        for token, logprobs in steps:
+            best = mx.sort(logprobs[: app.engine.known])[-2:].tolist()
+            if int(token) in app.engine.tokenizer.eos_token_ids:
+                margins.append(best[1] - best[0])
+                break
+            ids.append(int(token))
+            chances.append(best[1])
+            margins.append(best[1] - best[0])
+
+    app.engine.call(run)
+    return ids, chances, margins

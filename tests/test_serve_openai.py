@@ -2,10 +2,8 @@
 
 import math
 
-import mlx.core as mx
 import openai
 import pytest
-from mlx_lm.generate import generate_step
 
 import serving
 
@@ -37,18 +35,6 @@ def name(app):
     return app.name
 
 
-def alone(app, prompt, n):
-    """Ids, text and log probabilities of a greedy text, by mlx-lm's loop."""
-
-    def run():
-        cache = app.engine.model.make_cache()
-        steps = generate_step(mx.array(prompt), app.engine.model, max_tokens=n, prompt_cache=cache)
-        return [(int(token), logprobs) for token, logprobs in steps]
-
-    steps = app.engine.call(run)
-    return [token for token, _ in steps], [logprobs[t].item() for t, logprobs in steps]
-
-
 def test_models_are_listed(client, name):
     (model,) = client.models.list().data
     assert (model.id, client.models.retrieve(name).id) == (name, name)
@@ -61,7 +47,7 @@ def test_chat_gives_the_models_own_text(client, app, name):
         model=name, messages=TALK, max_tokens=12, temperature=0, logprobs=True, top_logprobs=3
     )
     prompt = app.engine.tokenizer.encode("a b a")
-    ids, logprobs = alone(app, prompt, 12)
+    ids, logprobs, _ = serving.greedy(app, prompt, 12)
     (choice,) = answer.choices
     assert (choice.message.role, choice.finish_reason) == ("assistant", "length")
     assert choice.message.content == app.engine.tokenizer.decode(ids)
@@ -146,7 +132,7 @@ def test_log_probabilities_of_completions(client, app, name):
         model=name, prompt="a b", max_tokens=8, temperature=0, logprobs=2
     )
     given = answer.choices[0].logprobs
-    _, expected = alone(app, app.engine.tokenizer.encode("a b"), 8)
+    _, expected, _ = serving.greedy(app, app.engine.tokenizer.encode("a b"), 8)
     n = len(given.tokens)
     assert 0 < n <= 8
     assert given.token_logprobs == pytest.approx(expected[:n], abs=1e-5)

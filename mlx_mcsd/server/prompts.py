@@ -71,7 +71,8 @@ class Prompts:
         found, start = 0, base
         for end in [len(text), *ends]:
             entry = self.engine.prefixes.get(key(base.snapshot, text[:end]))
-            if entry is not None:
+            # What follows a text comes from reading its last token, so one must be left to read.
+            if entry is not None and (end < len(text) or entry.snapshot.pending):
                 found, start = end, entry
                 break
         # Ends worth a state: the system's messages, which other conversations share; before the
@@ -95,7 +96,7 @@ class Prompts:
         """
         before = self.render(messages, base, reply=True)
         whole = self.render([*messages, ("assistant", content)], base)
-        if not whole.startswith(before):
+        if not whole.startswith(before) or whole == before:
             return None
         rest = after(content[: part.begun], whole[len(before) :])
         if rest is None:

@@ -152,13 +152,12 @@ class Sessions:
         """Keep the entry that a file holds; a state of other messages than ours is left alone."""
         file = self._file(name, end)
         try:
-            state = self.engine.call(lambda: State.load(file, self.engine.model))
+            snapshot = self.engine.call(lambda: State.load(file, self.engine.model).snapshot())
         except MCSDError as error:
             if mark:  # it can be made again
                 log.warning("%s is left out: %s", file, error)
                 return None
             raise APIError(409, str(error), code="invalid_state") from error
-        snapshot = state.snapshot()
         entry = Entry(snapshot, length(snapshot) - length(base.snapshot) if base else 0)
         if mark in ("", _mark(entry)):
             self.engine.prefixes.add(named, entry)
