@@ -9,6 +9,7 @@ import io
 import ipaddress
 import json
 import logging
+import re
 import select
 import socket
 import time
@@ -22,6 +23,7 @@ from .protocol import APIError
 log = logging.getLogger("mlx_mcsd.serve")
 
 HEADER_BYTES = 32 * 2**10
+TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 SECURITY = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -129,7 +131,6 @@ class Handler(BaseHTTPRequestHandler):
     """One connection. A subclass has ``routes``: path pattern -> {method: function}."""
 
     protocol_version = "HTTP/1.1"
-    server_version, sys_version = "mlx_mcsd", ""
     server: Server
     public: frozenset[str] = frozenset()
     """Paths that need no key."""
@@ -162,10 +163,12 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self.incoming.expect(self.server.policy.header_timeout, HEADER_BYTES)
             self.raw_requestline = self.rfile.readline(HEADER_BYTES)
-            if not self.raw_requestline.strip():
+            if len(self.raw_requestline) == HEADER_BYTES:
+                raise APIError(414, f"an address must have less than {HEADER_BYTES} bytes.")
+            if not self.raw_requestline.endswith(b"\n") or not self.raw_requestline.strip():
                 return
             self.begun = time.monotonic()
-            if not self.parse_request():
+            if not self.read_headers():
                 return
             self.answer()
         except APIError as error:
@@ -177,6 +180,14 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         finally:
             self.log_answer()
+
+    def read_headers(self) -> bool:
+        """Parse what came; if it is no request, the connection has no next one."""
+        try:
+            return self.parse_request()
+        except (APIError, OSError):
+            self.close_connection = True
+            raise
 
     def answer(self):
         """Check who asks and what, and call the route."""
@@ -223,11 +234,11 @@ class Handler(BaseHTTPRequestHandler):
         for name in ("Host", "Content-Length", "Authorization", "Origin"):
             if len(self.headers.get_all(name, ())) > 1:
                 raise APIError(400, f"{name} must come once.")
-        if self.headers.defects or any(
-            not name.isascii() or not name.isprintable() or set(name) & set(' "(),/:;<=>?@[\\]{}')
-            for name in self.headers
+        if self.headers.defects or not all(
+            TOKEN.fullmatch(name) and not set(value) & set("\r\n\0")
+            for name, value in self.headers.items()
         ):
-            raise APIError(400, "the headers must be HTTP's.")
+            raise APIError(400, "headers must be lines of name: value.")
 
     def check_origin(self):
         """Refuse web pages that are not this server's: rebound names, other origins."""
@@ -335,7 +346,8 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, code, message=None, explain=None):
         """What the base class refuses by itself: a request line or headers it cannot read."""
         self.close_connection = True
-        self.fail(APIError(code, f"the request cannot be read: {message or 'it is not HTTP'}."))
+        reason = (message or "it is not HTTP")[:100]
+        self.fail(APIError(code, f"the request cannot be read: {reason}."))
 
     def is_gone(self) -> bool:
         """Whether the client has left."""
@@ -353,5 +365,9 @@ class Handler(BaseHTTPRequestHandler):
             line = f"{self.command} {self.path.partition('?')[0][:100]}"
             log.info("%s %r %d %.2fs", self.client_address[0], line, self.status, seconds)
 
-    def log_message(self, format, *arguments):
+    def log_request(self, code="-", size="-"):
         """Nothing: see log_answer."""
+
+    def version_string(self):
+        """What the server calls itself; its versions are nobody's business."""
+        return "mlx_mcsd"

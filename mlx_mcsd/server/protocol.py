@@ -12,7 +12,12 @@ UNSUPPORTED = {
 }
 """Fields that would change the answer in a way that is not offered: refused unless empty."""
 
-TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    505: "invalid_request_error",
+}
 
 
 class APIError(Exception):
@@ -293,7 +298,7 @@ def parse_prompts(fields: Fields) -> list:
     """A text or token ids, or a list of either: texts as str, ids as tuples."""
     prompt = fields.content.get("prompt")
     prompts = prompt if isinstance(prompt, list) else [prompt]
-    if prompts and all(is_id(token) for token in prompts):
+    if prompts is prompt and prompts and all(is_id(token) for token in prompts):
         prompts = [prompts]
     parsed = []
     for item in prompts:
