@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Event, Thread
 
@@ -209,32 +210,36 @@ def make_server(args, directory: Path):
         origins=frozenset(args.allowed_origins),
         body_bytes=args.max_body_bytes,
     )
-    # The port first: a mistake in it should not wait for the weights.
-    server = Server((args.host, args.port), None, policy)
-    engine = Engine(
-        load,
-        Prefixes(args.prompt_cache_bytes),
-        decode_concurrency=args.decode_concurrency,
-        prompt_concurrency=args.prompt_concurrency,
-        prefill_step_size=args.prefill_step_size,
-    )
-    prompts = Prompts(engine, args.max_prompt_tokens)
-    app = App(
-        # Of a hub model its id; where a directory lies is nobody's business.
-        name=args.model if args.model and not os.path.isdir(args.model) else directory.name,
-        engine=engine,
-        prompts=prompts,
-        sessions=Sessions(Path(args.session_dir).expanduser(), prompts),
-        limits=Limits(
-            max_tokens=args.max_tokens,
-            most_tokens=max(args.max_tokens, args.max_generated_tokens),
-            choices=min(16, args.decode_concurrency),
-            sampling=Sampling(args.temp, args.top_p, args.min_p, args.top_k),
-        ),
-        slots=Slots(args.max_requests),
-        request_timeout=args.request_timeout,
-    )
-    server.RequestHandlerClass = make_handler(app)
+    with ExitStack() as undo:
+        # The port first: a mistake in it should not wait for the weights.
+        server = Server((args.host, args.port), None, policy)
+        undo.callback(server.server_close)
+        engine = Engine(
+            load,
+            Prefixes(args.prompt_cache_bytes),
+            decode_concurrency=args.decode_concurrency,
+            prompt_concurrency=args.prompt_concurrency,
+            prefill_step_size=args.prefill_step_size,
+        )
+        undo.callback(engine.close)
+        prompts = Prompts(engine, args.max_prompt_tokens)
+        app = App(
+            # Of a hub model its id; where a directory lies is nobody's business.
+            name=args.model if args.model and not os.path.isdir(args.model) else directory.name,
+            engine=engine,
+            prompts=prompts,
+            sessions=Sessions(Path(args.session_dir).expanduser(), prompts),
+            limits=Limits(
+                max_tokens=args.max_tokens,
+                most_tokens=max(args.max_tokens, args.max_generated_tokens),
+                choices=min(16, args.decode_concurrency),
+                sampling=Sampling(args.temp, args.top_p, args.min_p, args.top_k),
+            ),
+            slots=Slots(args.max_requests),
+            request_timeout=args.request_timeout,
+        )
+        server.RequestHandlerClass = make_handler(app)
+        undo.pop_all()
     return server, app
 
 
