@@ -73,14 +73,20 @@ class Checkpoint:
         Raises:
             MCSDError: float64 beyond float32, or a type that MLX does not have.
         """
+        return self.arrive(name, self.values(name))
+
+    def values(self, name):
+        """Read one tensor as a NumPy array in the stored type, bfloat16 as its bits."""
         reader, path = self._homes[name]
-        kind, _ = self.tensors[name]
-        values = reader.read(path)
-        if kind == "BF16":
+        if self.tensors[name][0].startswith("F8"):
+            refuse(f"{name} must be of a type that MLX has but is {self.tensors[name][0]}.")
+        return reader.read(path)
+
+    def arrive(self, name, values):
+        """Return what `load` gives of `values`, or of a part of them."""
+        if self.tensors[name][0] == "BF16":
             return mx.array(values).view(mx.bfloat16)
-        if kind.startswith("F8"):
-            refuse(f"{name} must be of a type that MLX has but is {kind}.")
-        if kind == "F64":
+        if self.tensors[name][0] == "F64":
             try:
                 with np.errstate(over="raise", invalid="ignore"):  # a NaN may be of any kind
                     values = values.astype(np.float32)

@@ -13,7 +13,7 @@ from . import quantization, verify, writing
 from .checkpoint import Checkpoint
 from .plan import make_plan
 from .report import Report
-from .streaming import Reader, fingerprint
+from .streaming import Reader
 from .tokens import add_tokenizer, copy
 from .weights import Shards
 
@@ -121,7 +121,7 @@ def write_weights(out, plan, reader):
     if plan.head:
         embedding = next(p for p in plan.parameters if p.name == "model.embed_tokens.weight")
         (part,) = embedding.parts
-        if fingerprint(reader.read(plan.head)) != fingerprint(reader.read(part.source)):
+        if reader.fingerprint(plan.head) != reader.fingerprint(part.source):
             raise MCSDError(
                 f"[convert] {plan.head} must equal {part.source} with tie_word_embeddings true but "
                 "differs; --config tie_word_embeddings=false takes the head as it is."
