@@ -16,7 +16,7 @@ LAYOUTS = (
     ("model*.safetensors", "model.safetensors.index.json"),
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
 )
-BARE = (".safetensors", ".bin", ".pt", ".pth")
+BARE = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # Read or copied by whoever converts the checkpoint.
 SIDECARS = (
     "config.json",

@@ -14,7 +14,7 @@ MAX_MEMBERS = 200_000
 MAX_DIRECTORY = 64 * 2**20
 END, END64, LOCATOR64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 ENTRY, LOCAL = b"PK\1\2", b"PK\3\4"
-UNKNOWN32 = 0xFFFFFFFF
+UNKNOWN16, UNKNOWN32 = 0xFFFF, 0xFFFFFFFF
 # Speed of a compression that is not used; sizes behind the data; names in UTF-8.
 KNOWN_FLAGS = 0b1000_0000_1110
 BLOCK = 2**24
@@ -54,16 +54,23 @@ def members(stream, size, where):
     # The end record is the last thing in the file: torch writes no comment behind it.
     if size < 22 or (end := read_at(stream, size - 22, 22))[:4] != END:
         damaged("no end record, as where a download broke off")
-    disk, first_disk, _, count, length, start = struct.unpack("<4xHHHHII2x", end)
-    limit = size - 22
-    # torch writes the 64-bit end record whatever the size, and readers believe it first.
+    short = struct.unpack("<4xHHHHII2x", end)
+    record, limit = short, size - 22
+    # torch writes a 64-bit end record too, whatever the size; it must not tell another story.
     locator = read_at(stream, size - 42, 20) if size >= 42 else b""
     if locator[:4] == LOCATOR64:
-        limit = struct.unpack("<8xQ4x", locator)[0]
-        if limit + 56 != size - 42 or (end := read_at(stream, limit, 56))[:4] != END64:
+        disk, limit, disks = struct.unpack("<4xIQI", locator)
+        if disk or disks != 1 or limit + 56 != size - 42:
             damaged("no 64-bit end record")
-        disk, first_disk, _, count, length, start = struct.unpack("<16xIIQQQQ", end)
-    if disk or first_disk or start + length != limit:
+        if (end := read_at(stream, limit, 56))[:4] != END64:
+            damaged("no 64-bit end record")
+        record = struct.unpack("<16xIIQQQQ", end)
+    tops = (*[UNKNOWN16] * 4, UNKNOWN32, UNKNOWN32)
+    for number, wide_number, top in zip(short, record, tops, strict=True):
+        if number not in (wide_number, top):
+            damaged("its end records differ")
+    disk, first_disk, here, count, length, start = record
+    if disk or first_disk or here != count or start + length != limit:
         damaged("its directory is not before the end record")
     if count > MAX_MEMBERS or length > MAX_DIRECTORY:
         refuse(f"{where} must be a file of tensors but has {count} members.")

@@ -100,6 +100,8 @@ def rebuild(storage=None, offset=None, shape=None, strides=None, *rest):
     """A tensor: `_rebuild_tensor`, and with requires_grad, hooks and metadata, `_v2`."""
     if not isinstance(storage, Storage) or len(rest) > 3:
         raise Malformed("a tensor has no storage")
+    if rest and type(rest[0]) is not bool:
+        raise Malformed("a tensor's requires_grad is neither true nor false")
     if len(rest) == 3 and any(flag is not False for _, flag in getattr(rest[2], "pairs", [(0, 0)])):
         raise Malformed("a tensor is conjugate or negated; save it with .resolve_conj()")
     return tensor(storage, storage.kind, offset, shape, strides)
@@ -110,14 +112,14 @@ def rebuild_v3(
 ):
     """A tensor of a type that has no storage class of its own."""
     kind = DTYPES.get(name_of(dtype))
-    if not isinstance(storage, Storage) or kind is None or rest:
+    if not isinstance(storage, Storage) or kind is None or rest or type(grad) is not bool:
         raise Malformed("a tensor has no storage or type")
     return tensor(storage, kind, offset, shape, strides)
 
 
-def same_tensor(record=None, *rest):
+def same_tensor(record=None, grad=None, *rest):
     """A parameter is its tensor; attributes that someone set on it are not part of it."""
-    if not isinstance(record, Tensor) or len(rest) > 3:
+    if not isinstance(record, Tensor) or type(grad) is not bool or len(rest) > 2:
         raise Malformed("a parameter has no tensor")
     return record
 

@@ -52,6 +52,7 @@ LAYOUTS = {
     "bin": as_one("pytorch_model.bin"),
     "bin shards": lambda s: shard(s, torch.save, "pytorch_model", ".bin"),
     "pt": as_one("step 100.pt"),
+    "ckpt": as_one("last.ckpt"),
     "pth": as_one("last.pth", _use_new_zipfile_serialization=False),
     "other name": lambda s: (s / SAFE).rename(s / "weights.safetensors"),
     "beside a trainer's files": lambda s: (

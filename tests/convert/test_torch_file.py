@@ -296,6 +296,17 @@ ADAPTED = {
         ),
         "no storage or type",
     ),
+    "gradient of a number": (
+        call(name("torch._utils", "_rebuild_tensor_v2"), storage(), number(0), sizes([4]))[:-2]
+        + sizes([1])
+        + number(1)
+        + b"NtR",
+        "requires_grad",
+    ),
+    "parameter without a gradient": (
+        call(name("torch._utils", "_rebuild_parameter"), tensor(), b"N"),
+        "no tensor",
+    ),
     "parameter of text": (call(name("torch._utils", "_rebuild_parameter"), text("a")), "no tensor"),
     "sparse": (call(name("torch._utils", "_rebuild_sparse_tensor"), b"N"), "_rebuild_sparse"),
     "size of text": (call(name("torch", "Size"), text("a")), "a size is none"),
