@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import signal
 
 from .errors import MCSDError
 
@@ -12,6 +13,27 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """Raise, where argparse would print its usage and exit with status 2."""
         raise MCSDError(f"{message} (see {self.prog} --help)")
+
+
+class Interrupts:
+    """While open, Ctrl-C sets ``asked`` for a loop to look at between its steps; twice interrupts.
+
+    So nothing is left half done, as it is where an exception breaks into a step.
+    """
+
+    asked = False
+
+    def __enter__(self):
+        self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 def integer(low: int, high: float = math.inf):

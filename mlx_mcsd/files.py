@@ -14,6 +14,8 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         MCSDError: naming the path and why the system refuses; what was there is left as it was.
     """
     target = Path(os.path.realpath(path))  # replacing a link would leave its target behind
+    if target.exists() and not target.is_file():
+        raise MCSDError(f"cannot write {path}: it must be a file, or not be there yet.")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         with open(partial, "xb") as file:

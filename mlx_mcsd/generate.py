@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 
-from .cli import Parser, boolean, integer, size
+from .cli import Interrupts, Parser, boolean, integer, size
 from .errors import MCSDError, exits_cleanly
 from .sampling import add_arguments, add_eos_tokens, begin, make_sampler, model_defaults
 
@@ -111,27 +111,27 @@ def main(argv: list[str] | None = None) -> None:
         print("=" * 10)
     if args.verbose and not chat:
         print(prompt, end="", flush=True)
-    interrupted = None
     try:
-        for response in stream_generate(
-            model,
-            tokenizer,
-            tokens,
-            state=state,
-            max_tokens=args.max_tokens,
-            sampler=make_sampler(args, tokenizer),
-            after_text=not (chat and tokens),
-            prefill_step_size=args.prefill_step_size,
-        ):
-            print(response.text, end="", flush=True)
-    except KeyboardInterrupt as interrupt:
-        interrupted = interrupt
+        with Interrupts() as interrupts:
+            for response in stream_generate(
+                model,
+                tokenizer,
+                tokens,
+                state=state,
+                max_tokens=args.max_tokens,
+                sampler=make_sampler(args, tokenizer),
+                after_text=not (chat and tokens),
+                prefill_step_size=args.prefill_step_size,
+            ):
+                print(response.text, end="", flush=True)
+                if interrupts.asked:
+                    break
     finally:
         print(flush=True)
     if args.save_state is not None:
         state.save(args.save_state, shlex.join(["mlx_mcsd.generate", *argv]))
-    if interrupted is not None:
-        raise interrupted
+    if interrupts.asked:
+        raise KeyboardInterrupt
     if args.verbose:
         print_summary(response, state)
 

@@ -78,7 +78,7 @@ class State:
     def __init__(self, model):
         self.model = model
         self.cache = model.make_cache()
-        self.tokens_seen, self.hash = 0, _chain("", ())
+        self.tokens_seen, self.hash = 0, chain_hash("", ())
         self.pending: tuple[int, ...] = ()
         self.tail: tuple[int, ...] = ()
         self.random_key: mx.array | None = None
@@ -98,7 +98,7 @@ class State:
     def advance(self, tokens: Iterable[int], pending: Iterable[int] = ()) -> None:
         """Note that the cache has read ``tokens``, and which are known but wait."""
         tokens = list(tokens)
-        self.hash = _chain(self.hash, tokens)
+        self.hash = chain_hash(self.hash, tokens)
         self.tokens_seen += len(tokens)
         self.pending = tuple(pending)
         self.tail = ()
@@ -126,8 +126,7 @@ class State:
         done = 0
         while (left := len(queue) - done) > 1:
             step = queue[done : done + min(step_size, left - 1)]
-            self.model(mx.array([step]), cache=self.cache)
-            mx.eval([c.cache for c in self.cache])
+            self._run(step)
             done += len(step)
             self.advance(step, queue[done:])
             mx.clear_cache()
@@ -242,6 +241,15 @@ class State:
         state.command = metadata.get("command", "")
         return state
 
+    def _run(self, tokens: list[int]) -> None:
+        before = [c.cache for c in self.cache]
+        try:
+            self.model(mx.array([tokens]), cache=self.cache)
+            mx.eval([c.cache for c in self.cache])
+        except BaseException:  # an interrupt: these tokens were not read
+            self._fill(before)
+            raise
+
     def _fill(self, arrays) -> None:
         for c, layer in zip(self.cache, arrays, strict=True):
             c.cache = [mx.array(a) for a in layer]
@@ -285,8 +293,8 @@ def fingerprint(model) -> str:
     return value
 
 
-def _chain(start: str, tokens: Iterable[int]) -> str:
-    """Hash tokens one after the other, so that any split of them gives the same."""
+def chain_hash(start: str, tokens: Iterable[int]) -> str:
+    """Return the hash of what ``start`` is the hash of ("" of nothing), and ``tokens`` after it."""
     digest = bytes.fromhex(start) or bytes(16)
     for token in tokens:
         digest = hashlib.blake2b(digest + token.to_bytes(4, "little"), digest_size=16).digest()
