@@ -74,7 +74,7 @@ def test_flags_of_documented_commands_exist(line):
         assert words[:1] in (
             [],
             *(["make"], ["git"], ["cd"], ["pip"], ["python"], ["python3"]),
-        ) or (words[0].startswith(("mlx_lm.", ".venv/bin/")))
+        ) or (words[0].startswith(("mlx_lm.", "mlx.launch", ".venv/bin/")))
         return
     arguments = words[words.index(name) + 1 :]
     known = {flag for action in COMMANDS[name]()._actions for flag in action.option_strings}
