@@ -11,6 +11,7 @@ One layer is in memory at a time, on each side.
 """
 
 import re
+import warnings
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -172,13 +173,16 @@ class Source:
         import torch
 
         opened = {}
+        options = {"map_location": "cpu", "weights_only": True}
         for file in self.checkpoint.files:
             try:
-                opened[file] = (
-                    safe_open(file, "pt")
-                    if file.suffix == ".safetensors"
-                    else torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip(file))
-                )
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of a pickle that torch does not write itself
+                    opened[file] = (
+                        safe_open(file, "pt")
+                        if file.suffix == ".safetensors"
+                        else torch.load(file, mmap=is_zip(file), **options)
+                    )
             except REFUSALS as error:
                 raise MCSDError(
                     f"[verify] torch must read {file} too but does not: {one_line(error)} "
