@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlx_mcsd import generate, read, serve
+from mlx_mcsd.bench import __main__ as bench
 from mlx_mcsd.convert import __main__ as convert
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,9 +21,23 @@ COMMANDS = {
     "mlx_mcsd.read": read.setup_arg_parser,
     "mlx_mcsd.serve": serve.setup_arg_parser,
     "mlx_mcsd.convert": convert.setup_arg_parser,
+    "mlx_mcsd.bench": bench.setup_arg_parser,
 }
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 CODE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def subcommands(parser):
+    """The parsers of a command's subcommands, by name."""
+    actions = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return actions[0].choices if actions else {}
+
+
+def parsers():
+    """Every command and subcommand with its parser."""
+    for name, parser in COMMANDS.items():
+        yield name, (parser := parser())
+        yield from ((f"{name} {sub}", p) for sub, p in subcommands(parser).items())
 
 
 def commands_page():
@@ -33,17 +48,11 @@ def commands_page():
         "Each runs as `python -m NAME` and, once installed, as `NAME`. Mistakes end in one line on",
         "standard error and exit code 1. This page is written by `python tests/test_docs.py`.",
     ]
-    for name, parser in COMMANDS.items():
-        parser = parser()
-        lines += [
-            "",
-            f"## {name}",
-            "",
-            parser.description,
-            "",
-            "| flag | meaning |",
-            "| --- | --- |",
-        ]
+    for name, parser in parsers():
+        lines += ["", f"## {name}", "", parser.description]
+        if subcommands(parser):
+            continue
+        lines += ["", "| flag | meaning |", "| --- | --- |"]
         for action in parser._actions:
             flags = ", ".join(f"`{flag}`" for flag in action.option_strings)
             choices = f" One of {', '.join(action.choices)}." if action.choices else ""
@@ -77,7 +86,10 @@ def test_flags_of_documented_commands_exist(line):
         ) or (words[0].startswith(("mlx_lm.", "mlx.launch", ".venv/bin/")))
         return
     arguments = words[words.index(name) + 1 :]
-    known = {flag for action in COMMANDS[name]()._actions for flag in action.option_strings}
+    parser = COMMANDS[name]()
+    if subs := subcommands(parser):
+        parser = subs[arguments[0]]
+    known = {flag for action in parser._actions for flag in action.option_strings}
     assert {w for w in arguments if re.match(r"--?[a-z]", w)} <= known
 
 

@@ -140,7 +140,8 @@ def test_every_command_has_a_console_script(wheel, root):
         for path in (root / "mlx_mcsd").glob("*.py")
         if re.search(r"^def main\(", path.read_text(), re.MULTILINE)
     }
-    commands["mlx_mcsd.convert"] = "mlx_mcsd.convert.__main__:main"
+    for package in ("bench", "convert"):
+        commands[f"mlx_mcsd.{package}"] = f"mlx_mcsd.{package}.__main__:main"
     assert dict(scripts["console_scripts"]) == commands
     for target in commands.values():
         module, _, function = target.partition(":")

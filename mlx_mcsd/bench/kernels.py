@@ -18,11 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import kernels, recurrence
-from ..cli import integer
 from ..errors import MCSDError
 from ..mixers.mcsd import decay, decays, slope, slopes
 
-HELP = "Check every Metal kernel against its plain form, and time it against a copy."
 EPS = 1e-6
 NAMES = tuple(kernels.SIGNATURES)
 SHAPES = [(1, 1, 1, 4), (3, 1, 3, 60), (3, 65, 3, 60), (2, 33, 10, 256), (1, 1025, 3, 20)]
@@ -41,16 +39,6 @@ class Case(NamedTuple):
     kernel: Callable[[], list[mx.array]]
     plain: Callable[[], list[mx.array]]
     bytes: int
-
-
-def add_arguments(parser) -> None:
-    """Add the command's flags to its parser."""
-    add = parser.add_argument
-    add("--hidden-size", type=integer(1), default=2560, help="D, while timing (default: 2560)")
-    add("--num-channels", type=integer(1, 20), default=10, help="C, while timing (default: 10)")
-    add("--tokens", type=integer(1), default=2048, help="N, while timing (default: 2048)")
-    add("--batch-size", type=integer(1), default=1, help="B, while timing (default: 1)")
-    add("--repeats", type=integer(1), default=15, help="timings of each kernel (default: 15)")
 
 
 def run(args) -> dict:

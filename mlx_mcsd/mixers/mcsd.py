@@ -62,7 +62,9 @@ def slope(U: mx.array, V: mx.array, A: mx.array, n: mx.array, beta: mx.array) ->
         (B, N, C, Dc) float32.
     """
     # n = 0 divides by Z_1: the quotient is not used there, but 0 / 0 would poison its gradient.
-    divisor = mx.expm1(-mx.maximum(n, 1) * beta) / -mx.expm1(beta)  # (B, N, C, 1)
+    # Once per channel: with the last axis left out, mx.compile does not fuse it into every feature.
+    n_beta = mx.maximum(n, 1).squeeze(-1) * beta[:, 0]  # (B, N, C)
+    divisor = mx.expand_dims(mx.expm1(-n_beta) / -mx.expm1(beta[:, 0]), -1)  # (B, N, C, 1)
     V_past = mx.where(n == 0, V.astype(mx.float32), A / divisor)
     return U.astype(mx.float32) * (V_past * mx.sigmoid(V_past))
 

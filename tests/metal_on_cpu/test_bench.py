@@ -10,12 +10,13 @@ from metal_on_cpu import executed, needs_compiler
 from mlx_mcsd import kernels
 from mlx_mcsd.bench import kernels as bench
 from mlx_mcsd.bench.__main__ import main
+from mlx_mcsd.bench.flags import add_kernel_arguments
 from mlx_mcsd.errors import MCSDError
 
 
 def arguments(*flags):
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
+    add_kernel_arguments(parser)
     return parser.parse_args(flags)
 
 
