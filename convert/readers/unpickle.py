@@ -10,6 +10,7 @@ import pickle
 import pickletools
 import struct
 from dataclasses import dataclass, field
+from functools import cache
 
 from .files import refuse, shown
 
@@ -74,6 +75,7 @@ class Unpickler:
                 honest file has.
         """
         self.stack, self.marks, self.memo = [], [], {}
+        self.opcodes = opcodes_of(2)
         while True:
             self.count += 1
             if self.count > MAX_OPCODES:
@@ -81,14 +83,14 @@ class Unpickler:
             opcode = self.take(1)
             if opcode == pickle.STOP:
                 return self.pop()
-            if opcode not in OPCODES:
+            if opcode not in self.opcodes:
                 known = pickletools.code2op.get(opcode.decode("latin1"))
                 refuse(
                     f"{self.where} must be a file of tensors alone but at byte {self.position - 1} "
                     f"of its pickle is {known.name if known else opcode}, which torch.save never "
                     "writes for one; nothing of it was run."
                 )
-            OPCODES[opcode](self)
+            self.opcodes[opcode](self)
 
     def damaged(self):
         """Refuse what no pickler wrote."""
@@ -226,9 +228,11 @@ class Unpickler:
         self.push(Opaque(kind))
 
     def protocol(self):
-        """Refuse a version of the format that is to come."""
-        if self.unsigned(1) > pickle.HIGHEST_PROTOCOL:
+        """Know the opcodes of one version of the format, and no later ones."""
+        version = self.unsigned(1)
+        if version > pickle.HIGHEST_PROTOCOL:
             self.damaged()
+        self.opcodes = opcodes_of(version)
 
     def add_items(self):
         """Fill a set."""
@@ -285,3 +289,10 @@ OPCODES = {
     pickle.REDUCE: Unpickler.call,
     pickle.BUILD: Unpickler.build,
 }
+
+
+@cache
+def opcodes_of(version):
+    """The opcodes that a version of the format has, of those above."""
+    since = {code.encode("latin1"): opcode.proto for code, opcode in pickletools.code2op.items()}
+    return {code: act for code, act in OPCODES.items() if since[code] <= version}

@@ -137,6 +137,7 @@ def place(rng, content):
 
 def flip(rng, content):
     """Change one bit."""
+    content = content or b"\0"
     at = min(place(rng, content), len(content) - 1)
     return content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
 
@@ -162,7 +163,7 @@ def remove(rng, content):
 
 def cut(rng, content):
     """End early."""
-    return content[: rng.randrange(len(content)) + 1]
+    return content[: place(rng, content)]
 
 
 def move(rng, content):

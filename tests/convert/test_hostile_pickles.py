@@ -300,6 +300,15 @@ def test_every_other_opcode(tmp_path):
             TorchFile(tmp_path / "x.pt")
 
 
+def test_opcodes_of_a_later_version(tmp_path):
+    """A pickle that says it is of protocol 2 has none of protocol 4."""
+    zip_file(tmp_path / "x.pt", b"", pickled=b"\x80\x04" + table({"w": tensor()}) + b"\x94.")
+    assert TorchFile(tmp_path / "x.pt").tensors
+    zip_file(tmp_path / "x.pt", b"", pickled=b"\x80\x02" + table({"w": tensor()}) + b"\x94.")
+    with pytest.raises(MCSDError, match="is MEMOIZE"):
+        TorchFile(tmp_path / "x.pt")
+
+
 BOMBS = {
     "memo": b"N" + b"".join(b"r" + struct.pack("<I", 2**32 - 1 - i) for i in range(30_000)),
     "lists": b"](" + b"]" * 30_000 + b"e",
