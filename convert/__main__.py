@@ -80,6 +80,11 @@ def setup_arg_parser():
         "(default: where PyTorch is installed)",
     )
     p.add_argument(
+        "--upload-repo",
+        metavar="OWNER/NAME",
+        help="upload the result to this repository of the hub",
+    )
+    p.add_argument(
         "--reverse",
         action="store_true",
         help="write the Hugging Face directory --hf-path, for PyTorch, from the MLX model "
@@ -115,6 +120,8 @@ def main(argv=None):
         print(f"{'Wrote' if report.written else 'Would write'} {report.target}: {report.summary()}")
         if report.verification:
             print(report.verification.text())
+        if report.uploaded:
+            print(f"Uploaded to https://huggingface.co/{report.uploaded}")
 
 
 def reverse(args):

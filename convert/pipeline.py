@@ -15,6 +15,7 @@ from .plan import make_plan
 from .report import Report
 from .streaming import Reader
 from .tokens import add_tokenizer, copy
+from .upload import check_repo, upload
 from .weights import Shards
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -38,6 +39,7 @@ def convert(
     allow_nonfinite=False,
     dry_run=False,
     verification=None,
+    upload_repo=None,
 ):
     """Convert a checkpoint to a directory that `mlx_mcsd.load` and the mlx-lm commands load.
 
@@ -58,6 +60,7 @@ def convert(
         dry_run: plan everything, but read no weights and write nothing.
         verification: compare the result's logits with those of the source in PyTorch; None does
             where PyTorch is installed.
+        upload_repo: "owner/name" on the hub, to upload the result to.
 
     Returns:
         A `Report`.
@@ -76,6 +79,8 @@ def convert(
     settings = quantization.settings(q_mode, q_bits, q_group_size) if quantize else None
     if verification and not dry_run:
         verify.need()
+    if upload_repo is not None:
+        check_repo(upload_repo)
 
     source = Checkpoint(hf_path)
     cast = dtype and getattr(mx, dtype)
@@ -110,9 +115,12 @@ def convert(
         elif verification is None:
             report.plan.notes.append(f"Not verified: {verify.MISSING}.")
         found = report.verification.text() if report.verification else ""
-        card = writing.card(target.name, origin, shlex.join(options), found)
+        card = writing.card(upload_repo or target.name, origin, shlex.join(options), found)
         (out / "README.md").write_text(card)
     report.written = True
+    if upload_repo is not None:
+        upload(target, upload_repo)
+        report.uploaded = upload_repo
     return report
 
 

@@ -20,6 +20,7 @@ class Report:
         plan: what fills what.
         written: whether `target` was made.
         verification: how the result compares with the source, or None where it was not asked.
+        uploaded: the repository it was uploaded to, or None.
     """
 
     source: str
@@ -28,6 +29,7 @@ class Report:
     plan: Plan
     written: bool = False
     verification: Verification | None = None
+    uploaded: str | None = None
 
     @property
     def bytes(self) -> int:
@@ -64,6 +66,7 @@ class Report:
             "target": str(self.target),
             "written": self.written,
             "verification": self.verification and self.verification.json(),
+            "uploaded": self.uploaded,
             "parameters": plan.size,
             "bytes": self.bytes,
             "config": plan.config,

@@ -35,6 +35,8 @@ An MCSD language model in MLX format, converted from `{origin}` with
 
     pip install mlx-mcsd
     python -m mlx_mcsd.generate --model {name} --prompt "Once upon a time"
+
+The commands of mlx-lm run it as well, with `--trust-remote-code`.
 """
 
 
