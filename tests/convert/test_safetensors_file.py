@@ -10,10 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from bitwise import bits, every_type, held_by
 from converting import refused
 from mlx_mcsd.convert.readers.safetensors_file import SafetensorsFile
 from mlx_mcsd.errors import MCSDError
-from test_torch_file import TYPES, bits
 
 DATA = bytes(range(24))
 
@@ -31,20 +31,13 @@ def entry(kind="F32", shape=(2, 3), offsets=(0, 24)):
 
 
 def held(file):
-    """Name -> type, shape and bytes, by our reader."""
-    found = SafetensorsFile(file)
-    return {
-        ".".join(path): (*found.tensors[path], found.read(path).tobytes()) for path in found.tensors
-    }
+    """What the reader makes of every tensor."""
+    return held_by(SafetensorsFile(file))
 
 
 def test_every_type(tmp_path):
     """Random bytes as each type, in what the library wrote."""
-    generator = torch.Generator().manual_seed(1)
-    state = {"empty": torch.zeros(0, 3), "one": torch.tensor(2.5)}
-    for dtype in TYPES:
-        raw = torch.randint(0, 2 if dtype == "bool" else 256, (48,), generator=generator)
-        state[dtype] = raw.to(torch.uint8).view(getattr(torch, dtype)).reshape(2, -1)
+    state = every_type() | {"empty": torch.zeros(0, 3), "one": torch.tensor(2.5)}
     save_file(state, tmp_path / "x.safetensors", metadata={"format": "pt"})
     assert held(tmp_path / "x.safetensors") == {key: bits(value) for key, value in state.items()}
 
@@ -134,8 +127,8 @@ def test_no_stricter_than_needed(tmp_path):
             continue
         write(tmp_path / "x", lie)
         try:
-            with safe_open(tmp_path / "x", "numpy") as tensors:
-                if list(tensors.keys()):
+            with safe_open(tmp_path / "x", "numpy") as opened:
+                if list(opened.keys()):
                     let_pass.add(key)
         except SafetensorError:
             pass

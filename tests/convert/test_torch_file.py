@@ -9,29 +9,12 @@ import pytest
 import torch
 
 import pickles
+from bitwise import bits, every_type, held_by, kind_of
 from mlx_mcsd.convert.readers import gather, torch_file, unpickle
 from mlx_mcsd.convert.readers.torch_file import TorchFile
 from mlx_mcsd.errors import MCSDError
 from pickles import call, legacy_file, name, number, sizes, storage, table, tensor, text, zip_file
 
-TYPES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "uint16": "U16",
-    "int16": "I16",
-    "uint32": "U32",
-    "int32": "I32",
-    "uint64": "U64",
-    "int64": "I64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-    "complex64": "C64",
-}
 CONTAINERS = {
     "zip": {},
     "zip, protocol 3": {"pickle_protocol": 3},
@@ -42,19 +25,9 @@ CONTAINERS = {
 }
 
 
-def bits(value):
-    """Type, shape and every byte of a torch tensor."""
-    value = value.detach().contiguous()
-    kind = TYPES[str(value.dtype).removeprefix("torch.")]
-    return kind, tuple(value.shape), value.reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
 def held(file):
-    """What our reader makes of every tensor, in the same form."""
-    found = TorchFile(file)
-    return {
-        ".".join(path): (*found.tensors[path], found.read(path).tobytes()) for path in found.tensors
-    }
+    """What the reader makes of every tensor."""
+    return held_by(TorchFile(file))
 
 
 def message(file):
@@ -81,7 +54,7 @@ def test_real_files(data_dir):
             for n, (kind, shape, data) in held(file).items()
         }
         assert found == {
-            n: (t["shape"], TYPES[t["dtype"]], t["sha256"]) for n, t in tensors.items()
+            n: (t["shape"], kind_of(t["dtype"]), t["sha256"]) for n, t in tensors.items()
         }
         others = {".".join(path) for path in TorchFile(file).others}
         assert others == expected["items"].keys() - tensors.keys()
@@ -90,13 +63,8 @@ def test_real_files(data_dir):
 @pytest.mark.parametrize("options", CONTAINERS.values(), ids=CONTAINERS)
 def test_every_type(tmp_path, options):
     """Random bytes as each type that a model may have."""
-    generator = torch.Generator().manual_seed(1)
-    state = {}
-    for dtype in TYPES:
-        raw = torch.randint(0, 2 if dtype == "bool" else 256, (48,), generator=generator)
-        state[dtype] = raw.to(torch.uint8).view(getattr(torch, dtype)).reshape(2, -1)
-    torch.save(state, tmp_path / "x.pt", **options)
-    assert held(tmp_path / "x.pt") == {key: bits(value) for key, value in state.items()}
+    torch.save(every_type(), tmp_path / "x.pt", **options)
+    assert held(tmp_path / "x.pt") == {key: bits(value) for key, value in every_type().items()}
 
 
 def layouts():
