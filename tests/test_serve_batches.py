@@ -116,3 +116,20 @@ def test_an_answer_that_takes_too_long_is_ended(tmp_path):
         *_, last = serving.stream(server, body)
         assert last["error"]["message"] == "the answer took more than 0.3 seconds."
         assert serving.wait_until(lambda: app.engine.active == 0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_in_the_model_ends_everything_and_leaves_nobody_waiting(tmp_path, monkeypatch):
+    serving.write_model(tmp_path / "model")
+    with serving.running(tmp_path / "model", tmp_path) as (server, app):
+        events = serving.stream(server, {"prompt": "ab", "max_tokens": 20000, "temperature": 0})
+        next(events)
+        monkeypatch.setattr(type(app.engine.model), "__call__", lambda *_, **__: 1 / 0)
+        *_, last = events
+        assert last["error"]["type"] == "server_error"
+        assert serving.wait_until(lambda: not app.engine.alive)
+        assert serving.ask(server, "GET", "/health")[0] == 503
+        status, answer = serving.ask(server, "POST", "/v1/completions", {"prompt": "a"})
+        assert (status, answer["error"]["type"]) == (503, "server_error")
+        assert serving.ask(server, "POST", "/v1/sessions/state", b"x")[0] == 503
+        assert serving.wait_until(lambda: app.slots.taken == 0)

@@ -1,5 +1,7 @@
 """What was read once is not read again, and sessions bring back what they remember."""
 
+import json
+
 import mlx.core as mx
 import pytest
 
@@ -121,6 +123,38 @@ def test_a_system_message_is_read_once_for_all(running, read):
     read()
     chat(server, [system, user("an")])
     assert read() == len(ids(app, "\nan")) + 8
+
+
+TEMPLATE = (
+    "<s>{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.mark.parametrize("ending", ["length", "stop", "token"])
+def test_with_a_chat_template_too_only_what_is_new_is_read(tmp_path, read, ending):
+    serving.write_model(tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATE}))
+    with serving.running(tmp_path / "model", tmp_path) as (server, app):
+        question = "the abba was an abbey " * 9
+        prompt = ids(app, f"<s>[user] {question.strip()}</s>\n[assistant] ")
+        whole, found = written(app, prompt, 12)
+        options = {"max_tokens": len(found)}
+        if ending == "stop":
+            options = {"max_tokens": 12, "stop": whole[5:7]}
+        if ending == "token":
+            (end,) = app.engine.tokenizer.eos_token_ids
+            options = {"max_tokens": 12, "logit_bias": {str(end): 100}}
+        first, usage = chat(server, [user(question)], **options)
+        assert usage["prompt_tokens"] == len(prompt)
+        reply = ids(app, first)
+        read()
+        second, usage = chat(server, [user(question), assistant(first), user("then")])
+        new = ids(app, "</s>\n[user] then</s>\n[assistant] ")
+        assert read() <= len(new) + 1 + 8
+        assert usage["prompt_tokens_details"]["cached_tokens"] >= len(prompt) + len(reply) - 1
+        assert second == written(app, prompt + reply + new)[0]
 
 
 def test_other_texts_share_nothing(running, read):

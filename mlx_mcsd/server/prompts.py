@@ -1,6 +1,7 @@
 """From what a request asks to what is left to read: the longest beginning that was read before."""
 
 from dataclasses import replace
+from itertools import chain
 from threading import Lock
 
 from ..conversation import encode, render
@@ -66,10 +67,10 @@ class Prompts:
     def chat(self, messages, base: Entry, *, reply: bool = True) -> Prompt:
         """A conversation, up to where the assistant's next message begins, or its last one ends."""
         text = self.render(messages, base, reply=reply)
-        ends = self._ends(messages, text, base)
         # Beginnings to look for, the longest first: the whole, then the ends of messages.
-        found, start = 0, base
-        for end in [len(text), *ends]:
+        found, start, ends = 0, base, []
+        for end in chain([len(text)], self._ends(messages, text, base)):
+            ends.append(end)
             entry = self.engine.prefixes.get(key(base.snapshot, text[:end]))
             # What follows a text comes from reading its last token, so one must be left to read.
             if entry is not None and (end < len(text) or entry.snapshot.pending):
@@ -78,7 +79,7 @@ class Prompts:
         # Ends worth a state: the system's messages, which other conversations share; before the
         # last message, which may be edited; and the whole, for another answer.
         systems = next((i for i, (role, _) in enumerate(messages) if role != "system"), 0)
-        keep = {len(text), *ends[:1]}
+        keep = set(ends[:2])
         if systems and (system := self._end(messages[:systems], text, base)):
             keep.add(system)
         segments, at = [], found
@@ -119,13 +120,11 @@ class Prompts:
             )
         return Prompt(start, segments, base)
 
-    def _ends(self, messages, text: str, base: Entry) -> list[int]:
+    def _ends(self, messages, text: str, base: Entry):
         """Where messages end in the text, the last first; not the last message itself."""
-        ends = []
         for i in range(len(messages) - 1, max(0, len(messages) - LOOKED_AT), -1):
             if end := self._end(messages[:i], text, base):
-                ends.append(end)
-        return ends
+                yield end
 
     def _end(self, messages, text: str, base: Entry) -> int | None:
         """Where these messages end in the text; None if the template has them differently."""

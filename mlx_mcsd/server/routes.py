@@ -239,7 +239,8 @@ class AppHandler(Handler):
     def get_state(self, name: str):
         """``GET /v1/sessions/ID/state``."""
         with self.app.slot():
-            data = self.app.sessions.state(name, "python -m mlx_mcsd.serve")
+            command, timeout = "python -m mlx_mcsd.serve", self.app.request_timeout
+            data = self.app.sessions.state(name, command, timeout)
         headers = {"Content-Disposition": f'attachment; filename="{name}.state"'}
         self.respond(200, data, headers, "application/octet-stream")
 

@@ -10,11 +10,12 @@ import re
 import secrets
 import time
 from pathlib import Path
+from queue import Empty
 from threading import Lock
 
 from ..errors import MCSDError
 from ..files import write_atomically
-from ..state import HEADER_BYTES, State, fingerprint, state_bytes
+from ..state import State, fingerprint
 from .engine import Job
 from .prefixes import Entry, key
 from .prompts import Prompts, length
@@ -39,11 +40,10 @@ class Sessions:
     def __init__(self, directory: Path, prompts: Prompts):
         self.prompts, self.engine = prompts, prompts.engine
         self.directory = directory / self.engine.call(lambda: fingerprint(self.engine.model))[:16]
-        self.state_limit = state_bytes(self.engine.model) + HEADER_BYTES
         self._lock = Lock()
 
     def list(self) -> list[dict]:
-        """Every session without its messages, the one used last first."""
+        """Every session with the number of its messages, the one used last first."""
         found = []
         for file in self.directory.glob("*.json"):
             try:
@@ -56,32 +56,14 @@ class Sessions:
 
     def get(self, name: str) -> dict:
         """A session, with its messages."""
-        file = self._file(name, "json")
-        if not ID.fullmatch(name) or not file.exists():
-            raise APIError(404, "there is no such session.", code="session_not_found")
-        content = parse_json(file.read_bytes())
-        fields = Fields(content)
-        messages = parse_messages(fields) if content.get("messages") else []
-        return {
-            "id": name,
-            "object": "session",
-            "title": fields.text("title", "", longest=TITLE),
-            "created": fields.integer("created", 0, 2**63, 0),
-            "updated": fields.integer("updated", 0, 2**63, 0),
-            "base_tokens": fields.integer("base_tokens", 0, 2**63, 0),
-            "state": fields.text("state", "", longest=2**16),
-            "messages": [{"role": role, "content": text} for role, text in messages],
-        }
+        return _shown(self._read(name))
 
     def create(self, content: dict) -> dict:
         """A new session, from a JSON body: messages, a title, a session whose base it shares."""
         parent = Fields(content).text("base", longest=64)
-        tokens = 0 if parent is None else self.get(parent)["base_tokens"]
-        session = self._new(self._fields(content)) | {"base_tokens": tokens}
-        if tokens:
-            data = self._file(parent, "base.state").read_bytes()
-            write_atomically(self._file(session["id"], "base.state"), data)
-        return self._write(session)
+        tokens = 0 if parent is None else self._read(parent)["base_tokens"]
+        data = self._file(parent, "base.state").read_bytes() if tokens else b""
+        return self._save(self._new(self._fields(content) | {"base_tokens": tokens}, data))
 
     def upload(self, data: bytes, title: str) -> dict:
         """A new session that begins with an uploaded state, if it is one of this model's."""
@@ -90,43 +72,32 @@ class Sessions:
         except MCSDError as error:
             raise APIError(400, str(error), code="invalid_state") from error
         tokens = state.tokens_seen + len(state.pending)
-        session = self._new({"title": title}) | {"base_tokens": tokens}
-        write_atomically(self._file(session["id"], "base.state"), data)
-        return self._write(session)
+        return self._save(self._new({"title": title, "base_tokens": tokens}, data))
 
     def update(self, name: str, content: dict) -> dict:
-        """Other messages, another title, or both; the state after them is kept if it is known."""
+        """Other messages, another title, or both."""
         with self._lock:
-            session = self.get(name) | self._fields(content)
-            entry = self.engine.prefixes.get(self._key(session, self.base(name)))
-            session["state"] = _mark(entry) if entry and session["messages"] else ""
-            self._write(session)
-            if session["state"]:
-                write_atomically(self._file(name, "state"), self._bytes(entry, ""))
-        return session
+            return self._save(self._read(name) | self._fields(content))
 
     def delete(self, name: str) -> dict:
         """Remove a session and its states."""
         with self._lock:
-            self.get(name)
+            self._read(name)
             for end in ("json", "state", "base.state"):
                 self._file(name, end).unlink(missing_ok=True)
         return {"id": name, "object": "session.deleted", "deleted": True}
 
     def base(self, name: str) -> Entry:
         """What a session's text begins with; its newest state is brought back if it was dropped."""
-        session = self.get(name)
-        base = self.engine.base
-        if session["base_tokens"]:
-            named = f"base:{name}".encode()
-            base = self.engine.prefixes.get(named) or self._load(named, name, "base.state")
+        session = self._read(name)
+        base = self._base(session)
         if session["state"] and self.engine.prefixes.get(named := self._key(session, base)) is None:
             self._load(named, name, "state", base, session["state"])
         return base
 
-    def state(self, name: str, command: str) -> bytes:
+    def state(self, name: str, command: str, timeout: float) -> bytes:
         """The file of what the model remembers after the last message, read first if need be."""
-        session, base = self.get(name), self.base(name)
+        session, base = self._read(name), self.base(name)
         if not session["messages"]:
             return self._bytes(base, command)
         named = self._key(session, base)
@@ -134,11 +105,22 @@ class Sessions:
             prompt = self.prompts.chat(_pairs(session), base, reply=False)
             job = Job(prompt.start, prompt.segments, max_tokens=1)
             self.engine.submit(job)
-            if isinstance(part := job.parts.get(), APIError):
+            try:
+                part = job.parts.get(timeout=timeout)
+            except Empty:
+                self.engine.cancel(job)
+                raise APIError(504, "reading the messages took too long.") from None
+            if isinstance(part, APIError):
                 raise part
         if (entry := self.engine.prefixes.get(named)) is None:
-            raise APIError(503, "the state was dropped at once: --prompt-cache-bytes is too small.")
+            raise APIError(409, "the state was dropped at once: --prompt-cache-bytes is too small.")
         return self._bytes(entry, command)
+
+    def _base(self, session: dict) -> Entry:
+        if not session["base_tokens"]:
+            return self.engine.base
+        named = f"base:{session['id']}".encode()
+        return self.engine.prefixes.get(named) or self._load(named, session["id"], "base.state")
 
     def _bytes(self, entry: Entry, command: str) -> bytes:
         def save():
@@ -178,22 +160,57 @@ class Sessions:
             given["messages"] = [{"role": role, "content": text} for role, text in messages]
         return given
 
-    def _new(self, given: dict) -> dict:
+    def _new(self, given: dict, base: bytes) -> dict:
+        """A session that is not saved yet, its base state (if any) written."""
         if len(list(self.directory.glob("*.json"))) >= MOST:
             raise APIError(409, f"at most {MOST} sessions are kept; delete some.")
         self.directory.mkdir(parents=True, exist_ok=True)
-        now = int(time.time())
-        session = {"id": secrets.token_hex(8), "object": "session", "title": ""}
-        session |= {"created": now, "updated": now, "base_tokens": 0, "state": "", "messages": []}
-        return session | given
+        name, now = secrets.token_hex(8), time.time()
+        if base:
+            write_atomically(self._file(name, "base.state"), base)
+        session = {"id": name, "object": "session", "title": "", "created": int(now)}
+        return session | {"updated": now, "base_tokens": 0, "state": "", "messages": []} | given
 
-    def _write(self, session: dict) -> dict:
-        session["updated"] = int(time.time())
+    def _read(self, name: str) -> dict:
+        file = self._file(name, "json")
+        if not ID.fullmatch(name) or not file.exists():
+            raise APIError(404, "there is no such session.", code="session_not_found")
+        content = parse_json(file.read_bytes())
+        fields = Fields(content)
+        messages = parse_messages(fields) if content.get("messages") else []
+        return {
+            "id": name,
+            "object": "session",
+            "title": fields.text("title", "", longest=TITLE),
+            "created": fields.integer("created", 0, 2**63, 0),
+            "updated": fields.number("updated", 0, 2**63, 0),
+            "base_tokens": fields.integer("base_tokens", 0, 2**63, 0),
+            "state": fields.text("state", "", longest=2**16),
+            "messages": [{"role": role, "content": text} for role, text in messages],
+        }
+
+    def _save(self, session: dict) -> dict:
+        """Write a session, and the state after its last message if the server has it."""
+        session |= {"updated": time.time(), "state": ""}
+        entry = None
+        if session["messages"]:
+            base = self._base(session)
+            entry = self.engine.prefixes.get(self._key(session, base))
+        if entry is not None:
+            session["state"] = _mark(entry)
+        # The state last: one that does not fit the session's mark is not believed.
         write_atomically(self._file(session["id"], "json"), json.dumps(session).encode())
-        return session
+        if entry is not None:
+            write_atomically(self._file(session["id"], "state"), self._bytes(entry, ""))
+        return _shown(session)
 
     def _file(self, name: str, end: str) -> Path:
         return self.directory / f"{name}.{end}"
+
+
+def _shown(session: dict) -> dict:
+    """What of a session is told."""
+    return {name: value for name, value in session.items() if name != "state"}
 
 
 def _pairs(session: dict) -> list[tuple[str, str]]:
