@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Seconds of imports, which --help and a mistyped flag need not wait for.
     from . import loading
-    from .generate import model_defaults
+    from .sampling import model_defaults
 
     directory = loading.resolve(args.model)
     parser.set_defaults(**model_defaults(directory) | {"max_tokens": 512})

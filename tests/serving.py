@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, processors
 import oracle
 import tiny
 from mlx_mcsd import serve
-from mlx_mcsd.generate import model_defaults
+from mlx_mcsd.sampling import model_defaults
 
 LETTERS = [chr(c) for c in range(32, 127)] + ["\n", "th", "he", "an", " a", " b", "ab", "é", "你"]
 

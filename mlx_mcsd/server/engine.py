@@ -21,7 +21,7 @@ from mlx_lm.models.cache import ArraysCache
 from mlx_lm.sample_utils import make_logits_processors
 
 from ..errors import MCSDError
-from ..generate import make_sampler
+from ..sampling import make_sampler
 from ..state import Snapshot, State
 from .prefixes import Entry, Prefixes
 from .protocol import APIError, Sampling
