@@ -2,7 +2,10 @@
 
 import copy
 import gc
+import io
+import re
 import weakref
+from collections import Counter
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -186,3 +189,56 @@ def test_a_narrow_or_large_matrix_is_not_packed(monkeypatch):
     layer.set_dtype(mx.bfloat16)
     layer.pack()
     assert "_packed" not in layer
+
+
+def operations(model):
+    """How many operations of each kind the reading of one more token takes."""
+    cache = model.make_cache()
+    model(mx.array([[1, 2]]), cache=cache)
+    model(mx.array([[3]]), cache=cache)
+    mx.eval([c.state for c in cache])
+    logits = model(mx.array([[4]]), cache=cache)
+    graph = io.StringIO()
+    mx.export_to_dot(graph, logits, *(a for c in cache for a in c.cache))
+    return Counter(re.findall(r'label ?= ?"(\w+)", shape=rectangle', graph.getvalue()))
+
+
+@pytest.mark.parametrize("compiled, bound", [(True, 54), (False, 115)], ids=["compiled", "plain"])
+def test_operations_of_a_layer(request, compiled, bound):
+    """What a token costs beside its products, held where no clock can be trusted."""
+    if compiled:
+        request.getfixturevalue("compiler")
+    few, more = (
+        operations(make(projection="dense", tie_word_embeddings=True, num_hidden_layers=L))
+        for L in (2, 4)
+    )
+    layer = {kind: (more[kind] - few[kind]) / 2 for kind in more}
+    assert layer["Matmul"] == 3
+    assert layer.get("Concatenate", 0) == layer.get("Contiguous", 0) == 0
+    assert sum(layer.values()) <= bound
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "plain"])
+def test_matrices_are_packed_once(request, compiled):
+    if compiled:
+        request.getfixturevalue("compiler")
+    model = make(projection="dense")
+    cache = model.make_cache()
+    model(mx.array([[1, 2]]), cache=cache)
+    packs = []
+    for token in range(4):
+        mx.eval(model(mx.array([[token]]), cache=cache))
+        packs.append(np.asarray(model.lm_head["_packed"]).__array_interface__["data"][0])
+    assert len(set(packs)) == 1
+
+
+def test_reading_a_prompt_makes_no_logits():
+    """mlx-lm evaluates the states alone between the pieces of a prompt."""
+    model = make(projection="dense")
+    cache = model.make_cache()
+    model(mx.array([[1, 2, 3]]), cache=cache)
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *(a for c in cache for a in c.cache))
+    blocks = len(model.layers)
+    # Two scans a block, three products; the last block's MLP is not needed either.
+    assert graph.getvalue().count('"Matmul"') == 5 * blocks - 2

@@ -22,13 +22,13 @@ def plot(rows: list[dict], title: str, path: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     panels = [
-        ("memory", "tokens", "context length, tokens", _mib, "peak memory, MiB"),
+        ("memory", "tokens", "context length, tokens", _mib, "peak memory while decoding, MiB"),
         ("batch", "batch", "batch size", _ms, "latency of a step, ms"),
-        ("batch", "batch", "batch size", _throughput, "tokens per second"),
-        ("decode", "tokens", "context length, tokens", _throughput, "tokens per second"),
+        ("batch", "batch", "batch size", _throughput, "tokens per second, by batch size"),
+        ("decode", "tokens", "context length, tokens", _throughput, "tokens per second, by length"),
     ]
     panels = [p for p in panels if any(p[3](r) for r in rows if r["bench"] == p[0])]
     if not panels:
@@ -38,7 +38,7 @@ def plot(rows: list[dict], title: str, path: Path) -> list[Path]:
     figure, axes = pyplot.subplots(
         lines, columns, figsize=(5 * columns, 3.4 * lines), dpi=110, squeeze=False
     )
-    for a, (bench, key, xlabel, value, ylabel) in zip(axes.flat, panels, strict=False):
+    for a, (bench, key, xlabel, value, heading) in zip(axes.flat, panels, strict=False):
         chosen = [row for row in rows if row["bench"] == bench]
         for name, colour in COLOURS.items():
             points = [(r[key], value(r)) for r in chosen if r["model"] == name and value(r)]
@@ -53,11 +53,14 @@ def plot(rows: list[dict], title: str, path: Path) -> list[Path]:
                     label=name.replace("mcsd", "MCSD"),
                     zorder=3 if ours else 2,
                 )
-        a.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+        a.set(xscale="log", yscale="log", xlabel=xlabel)
         ticks = sorted({r[key] for r in chosen})
         a.set_xticks(ticks, [_short(n) for n in ticks], fontsize=8)
-        a.minorticks_off()
+        a.xaxis.set_minor_locator(ticker.NullLocator())
+        a.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        a.yaxis.set_minor_locator(ticker.NullLocator())
         a.yaxis.set_major_formatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}")
+        a.set_title(heading, fontsize=9, loc="left")
         a.grid(alpha=0.25)
         a.spines[["top", "right"]].set_visible(False)
     for a in list(axes.flat)[len(panels) :]:
