@@ -152,6 +152,11 @@ def test_padding_and_training_take_the_plain_form():
     got = np.array(model(mx.array(tokens[:, 4:5]), cache=cache))
     assert relative_error(got[:1], run(model, tokens[:1, :5])[:, 4:]) < TOLERANCE
     assert cache[0].cache[-1].tolist() == [5, 4]
+    for c in cache:
+        c.finalize()
+    assert step.can_read(model, cache)
+    cache[0].left_padding = mx.array([1, 0])
+    assert not step.can_read(model, cache)
     assert "_step" not in model.__dict__
     model.train()
     run(model, tokens, [(0, 3), (3, 4)])
