@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from mlx_mcsd import generate, read, serve
+from mlx_mcsd import chat, generate, read, serve
 from mlx_mcsd.bench import __main__ as bench
 from mlx_mcsd.convert import __main__ as convert
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
     "mlx_mcsd.generate": generate.setup_arg_parser,
+    "mlx_mcsd.chat": chat.setup_arg_parser,
     "mlx_mcsd.read": read.setup_arg_parser,
     "mlx_mcsd.serve": serve.setup_arg_parser,
     "mlx_mcsd.convert": convert.setup_arg_parser,
