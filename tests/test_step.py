@@ -247,3 +247,14 @@ def test_reading_a_prompt_makes_no_logits():
     blocks = len(model.layers)
     # Two scans a block, three products; the last block's MLP is not needed either.
     assert graph.getvalue().count('"Matmul"') == 5 * blocks - 2
+
+
+def test_a_token_leaves_no_memory_behind():
+    model = make(projection="dense")
+    cache = model.make_cache()
+    model(mx.array([[1, 2]]), cache=cache)
+    used = []
+    for token in range(60):
+        mx.eval(model(mx.array([[token]]), cache=cache), [c.state for c in cache])
+        used.append(mx.get_active_memory())
+    assert used[20] == used[59]

@@ -6,15 +6,25 @@ MODELS = ("mcsd", "llama", "mamba2", "rwkv7", "recurrent_gemma")
 CONTEXTS = (128, 1024, 4096, 16_384, 65_536, 131_072)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 REPEATS = 15
-QUICK = {"contexts": (128, 1024), "batches": (1, 8), "repeats": 3}
+QUICK = {"contexts": (128, 512), "batches": (1, 8), "repeats": 3}
 
 
 def add_model_arguments(parser: Parser) -> None:
     """Add the flags of the benchmarks that compare models."""
     add = parser.add_argument
-    add("--quick", action="store_true", help="two contexts, two batch sizes, 3 repeats")
-    add("--models", nargs="+", choices=MODELS, default=MODELS, help="(default: all)")
-    add("--contexts", nargs="+", type=integer(1), help="tokens (default: 128 to 131072)")
+    add(
+        "--quick",
+        action="store_true",
+        help="128 and 512 tokens, batches of 1 and 8, 3 repeats: under a minute",
+    )
+    add(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        default=MODELS,
+        help="which to measure (default: all)",
+    )
+    add("--contexts", nargs="+", type=integer(1), help="lengths in tokens (default: 128 to 131072)")
     add(
         "--batches",
         nargs="+",
@@ -34,7 +44,12 @@ def add_model_arguments(parser: Parser) -> None:
         default=60.0,
         help="seconds of a prompt at which a model stops (default: 60)",
     )
-    add("--size", choices=("28m", "tiny"), default="28m", help="of the models (default: 28m)")
+    add(
+        "--size",
+        choices=("28m", "tiny"),
+        default="28m",
+        help="of every model, in parameters (default: 28m)",
+    )
     add("--output-dir", help="a folder for the rows as JSON and the plots as PNG and SVG")
 
 
