@@ -12,10 +12,9 @@ from mlx_lm.models.cache import ArraysCache
 from . import kernels
 from .linear import packable, packed
 
-PLAIN_TOKENS = 16
-"""Steps before the compiled one: on a CPU compiling can cost seconds (a run of the C++ compiler for
-each new kernel, kept for other processes), which must neither delay the first words nor weigh on
-a text of a few."""
+PLAIN_TOKENS = 4
+"""Steps before the compiled one. On a CPU compiling is a run of the C++ compiler, some 0.4 s, for
+each of six kernels, once per machine: the first words need not wait for that."""
 
 
 def can_read(model, cache: list[ArraysCache] | None) -> bool:

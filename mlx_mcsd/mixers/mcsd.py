@@ -63,9 +63,9 @@ def slope(U: mx.array, V: mx.array, A: mx.array, n: mx.array, beta: mx.array) ->
     """
     # n = 0 divides by Z_1: the quotient is not used there, but 0 / 0 would poison its gradient.
     # Once per channel: with the last axis left out, mx.compile does not fuse it into every feature.
-    n_beta = mx.maximum(n, 1).squeeze(-1) * beta[:, 0]  # (B, N, C)
+    n_beta = mx.maximum(n.squeeze(-1), 1) * beta[:, 0]  # (B, N, C)
     divisor = mx.expand_dims(mx.expm1(-n_beta) / -mx.expm1(beta[:, 0]), -1)  # (B, N, C, 1)
-    V_past = mx.where(n == 0, V.astype(mx.float32), A / divisor)
+    V_past = mx.where(n.astype(mx.bool_), A / divisor, V.astype(mx.float32))
     return U.astype(mx.float32) * (V_past * mx.sigmoid(V_past))
 
 
@@ -85,7 +85,7 @@ def decay(
     Returns:
         (B, N, C, Dc) float32.
     """
-    E_past = mx.where(n == 0, E.astype(mx.float32), H)
+    E_past = mx.where(n.astype(mx.bool_), H, E.astype(mx.float32))
     normed = mx.fast.rms_norm(E_past, None, eps) * gain.reshape(F.shape[2:])  # (C, Dc)
     return mx.sigmoid(F.astype(mx.float32)) * normed
 
