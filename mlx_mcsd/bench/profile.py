@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from ..linear import packable, packed
+from ..linear import matrices, packed
 from ..model import Model
 from .measure import Decoder, interleaved
 from .peers import cache_after
@@ -30,7 +30,7 @@ def profile(model: Model, repeats: int) -> list[dict]:
     wide = mx.random.normal((1, 1, model.args.intermediate_size))  # (1, 1, F)
     products = [
         (matrix, x if matrix["weight"].shape[1] == x.shape[-1] else wide)
-        for matrix in packable(model)
+        for matrix in matrices(model)
     ]
     mx.eval(x, wide)
 
