@@ -25,7 +25,7 @@ _local = threading.local()
 class _Rows:
     """A matrix as it is stored, and perhaps packed; packed, it counts only inside `packed`."""
 
-    def _times_rows(self, x: mx.array) -> mx.array:
+    def times_rows(self, x: mx.array) -> mx.array:
         """Return x W^T, (..., D) -> (..., R)."""
         blocks = self.get("_packed") if getattr(_local, "packed", False) else None
         D = x.shape[-1]
@@ -63,7 +63,7 @@ class Linear(_Rows, nn.Linear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(..., D) -> (..., R)."""
-        return self._times_rows(x)
+        return self.times_rows(x)
 
 
 class Embedding(_Rows, nn.Embedding):
@@ -71,7 +71,7 @@ class Embedding(_Rows, nn.Embedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """(..., D) -> (..., R), R being the size of the vocabulary."""
-        return self._times_rows(x)
+        return self.times_rows(x)
 
 
 def matrices(model: nn.Module) -> list[_Rows]:

@@ -105,7 +105,7 @@ def test_all(capsys, tmp_path):
     ours = [r["state_bytes"] for r in rows if r["bench"] == "memory" and r["model"] == "mcsd"]
     assert ours == [2 * 4 * (2 * 32 + 1)] * 2  # L layers of 2 D numbers and a count
     parts = [r["part"] for r in rows if r["bench"] == "profile"]
-    assert {"step", "products", "head"} <= set(parts)
+    assert {"step", "products", "mixers, projections included", "head"} <= set(parts)
     assert f"{result['machine']['processor']}, " in printed
     assert (tmp_path / "new" / "all.png").read_bytes().startswith(b"\x89PNG")
     svg = ElementTree.parse(tmp_path / "new" / "all.svg").getroot()

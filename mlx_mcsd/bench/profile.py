@@ -17,67 +17,65 @@ STEPS = 8  # of a timing
 
 
 def profile(model: Model, repeats: int) -> list[dict]:
-    """Return a row for the step as it runs, for it uncompiled, and for each part of it by itself.
+    """Return a row for the step as it runs, for it uncompiled, and for parts of it by themselves.
 
-    "products" are all matrices of the model times one token, as `x @ W.T`; "products, packed" the
-    same as the step reads them on the CPU.
+    "products, whole" are all matrices of the model times one token as `x @ W.T`; "products" are the
+    same as the step reads them, which differs on a CPU. Parts are not compiled.
     """
     cache = cache_after(model, 100)
     decoder = Decoder(model, cache).warm()
     layers = model.layers
     states = [list(c.cache) for c in cache]
-    x = mx.random.normal((1, 1, model.args.hidden_size))  # (1, 1, D)
-    wide = mx.random.normal((1, 1, model.args.intermediate_size))  # (1, 1, F)
-    products = [
-        (matrix, x if matrix["weight"].shape[1] == x.shape[-1] else wide)
-        for matrix in matrices(model)
-    ]
-    mx.eval(x, wide)
+    inputs = {
+        size: mx.random.normal((1, 1, size))
+        for size in {matrix["weight"].shape[1] for matrix in matrices(model)}
+    }
+    x = inputs[model.args.hidden_size]  # (1, 1, D)
+    mx.eval(inputs)
+
+    def times(rows):
+        return [matrix.times_rows(inputs[matrix["weight"].shape[1]]) for matrix in rows]
 
     def whole():
-        return [v @ matrix["weight"].T for matrix, v in products]
-
-    def as_packed():
-        with packed():
-            return [
-                matrix.as_linear(v) if hasattr(matrix, "as_linear") else matrix(v)
-                for matrix, v in products
-            ]
-
-    def plain():
-        return [model.logits(mx.array([[1]]), _copies(model, states))]
+        rows = [matrix["weight"] for matrix in matrices(model)]
+        return [inputs[weight.shape[1]] @ weight.T for weight in rows]
 
     def mixers():
         outputs = [a.mixer(x, list(s)) for a, s in zip(layers, states, strict=True)]
         return [y for y, _ in outputs] + [a for _, state in outputs for a in state]
 
+    in_mixers = [matrix for layer in layers for matrix in matrices(layer.mixer)]
+    in_mlps = [matrix for layer in layers for matrix in matrices(layer.mlp)]
+    head = [m for m in matrices(model) if not any(m is n for n in in_mixers + in_mlps)][-1:]
     parts = {
-        "products": whole,
-        "products, packed": as_packed,
-        "mixers with their projections": mixers,
-        "MLPs with theirs": lambda: [layer.mlp(x) for layer in layers],
+        "products, whole": whole,
+        "products": lambda: times(in_mixers + in_mlps + head),
+        "projections": lambda: times(in_mixers),
+        "mixers, projections included": mixers,
+        "products of the MLPs": lambda: times(in_mlps),
+        "MLPs, products included": lambda: [layer.mlp(x) for layer in layers],
         "norms": lambda: [n(x) for a in layers for n in (a.mixer_norm, a.mlp_norm)],
-        "head": lambda: [
-            model.model.embed_tokens.as_linear(x)
-            if model.args.tie_word_embeddings
-            else model.lm_head(x)
-        ],
-        "step, uncompiled": plain,
+        "head": lambda: times(head),
+        "step, uncompiled": lambda: [model.logits(mx.array([[1]]), _copies(model, states))],
     }
     runs = {name: _timed(part) for name, part in parts.items()}
-    runs = {"step": lambda: decoder.run(STEPS), **runs}
-    times = interleaved(runs, repeats, "profile")
+    taken = interleaved({"step": lambda: decoder.run(STEPS), **runs}, repeats, "profile")
     return [
-        {"part": name, "seconds": t._asdict(), "of_products": t.median / times["products"].median}
-        for name, t in times.items()
+        {
+            "part": name,
+            "seconds": t._asdict(),
+            "of_products": t.median / taken["products, whole"].median,
+        }
+        for name, t in taken.items()
     ]
 
 
 def _timed(part: Callable[[], list[mx.array]]) -> Callable[[], float]:
     def run():
         start = time.perf_counter()
-        for _ in range(STEPS):
-            mx.eval(part())
+        with packed():
+            for _ in range(STEPS):
+                mx.eval(part())
         return (time.perf_counter() - start) / STEPS
 
     return run

@@ -13,7 +13,7 @@ HEADS = {
     "batch": ("model", "batch", "ms/step", "quartiles", "tokens/s", "error"),
     "prefill": ("model", "tokens", "s", "quartiles", "tokens/s", "peak MiB", "error"),
     "memory": ("model", "tokens", "state KiB", "peak MiB", "error"),
-    "profile": ("part of a step", "ms", "quartiles", "of its products"),
+    "profile": ("part of a step", "ms", "quartiles", "of whole products"),
 }
 
 
@@ -60,7 +60,7 @@ def _cells(row: dict, head: tuple[str, ...]) -> tuple[str, ...]:
         "tokens": f"{row.get('tokens', 0):,}",
         "batch": str(row.get("batch", "")),
         "error": f"{row['error']:.1e}",
-        "of its products": f"{row.get('of_products', 0):.2f}",
+        "of whole products": f"{row.get('of_products', 0):.2f}",
     }
     if seconds:
         ms = {name: f"{1e3 * value:.2f}" for name, value in seconds.items()}
