@@ -53,7 +53,7 @@ def run_ranks(out, ranks, *command, stdin=os.devnull):
     (out / "hosts.json").write_text(json.dumps(hosts))
     logs = [out / f"{rank}.log" for rank in range(ranks)]
     group = {"MLX_HOSTFILE": str(out / "hosts.json")} if ranks > 1 else {}
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     with ExitStack() as stack:
         processes = []
         for rank, log in enumerate(logs):
