@@ -62,7 +62,7 @@ class Verification:
 
     def text(self):
         """One or two sentences."""
-        of = "the source's weights" if self.step is None else "the packed weights"
+        of = "the source's weights" if self.step is None else "the quantized weights"
         rounded = ", rounded alike," if self.step is None and self.effect is not None else ""
         lines = [
             f"Verified: over {self.tokens} tokens the logits differ from those of {of}{rounded} in "
@@ -71,11 +71,11 @@ class Verification:
         ]
         if self.step is not None:
             lines.append(
-                f"No packed weight is further from the source's than {self.step:.2f} of what its "
-                "packing allows."
+                f"No quantized weight is further from the source's than {self.step:.2f} of what "
+                "its format allows."
             )
         if self.effect is not None:
-            what = "Rounding" if self.step is None else "Packing"
+            what = "Rounding" if self.step is None else "Quantization"
             lines.append(
                 f"{what} itself moves the logits by up to {self.effect:.1e} of the largest and "
                 f"keeps the likeliest token at {self.agreement:.0%} of the places."
@@ -244,9 +244,9 @@ class Stored:
         step = float((error / allowed.clamp(min=1e-30)).where(error > 0, 0.0).max())
         if not step <= 1:
             raise MCSDError(
-                "[verify] every packed weight must lie within a step of the source's but one of "
-                f"{name} is off by {step:.2g} times what its packing allows; nothing was written. "
-                "Pack it otherwise, or leave it float."
+                "[verify] every quantized weight must lie within a step of the source's but one of "
+                f"{name} is off by {step:.2g} times what its format allows; nothing was written. "
+                "Quantize it otherwise, or leave it float, by a --q-rule."
             )
         self.step = max(self.step or 0.0, step)
         return packed

@@ -72,7 +72,7 @@ def test_honest_results(converted, options):
     assert found.effect > 100 * found.difference, "what rounding does is measured apart"
     assert (found.step is not None) == packed
     assert 0 < found.agreement <= 1
-    assert ("Packing" if packed else "Rounding") in found.text()
+    assert ("Quantization" if packed else "Rounding") in found.text()
     assert found.json()["difference"] == found.difference
 
 
