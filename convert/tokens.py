@@ -68,11 +68,17 @@ def add_tokenizer(source, args, out):
                 why = f"no tokenizer.json and no tokenizer.model in {source}"
                 print(f"warning: converting without a tokenizer: {why}.", file=sys.stderr)
                 return [], []
-            ids = compare(scratch)
+            ids, wanted, difference = compare(scratch)
         except MCSDError as error:
             raise MCSDError(str(error).replace(str(scratch), str(source))) from None
+        if difference and own(source, "tokenizer.json").exists():
+            # Both came with the source, which transformers reads the same way.
+            print(f"warning: the source's {difference}", file=sys.stderr)
+            wanted = ids
+        elif difference:
+            raise MCSDError(f"[convert] the {difference}")
         copy(FILES, scratch, out)
-    return ids
+    return ids, wanted
 
 
 def compare(directory):
@@ -81,10 +87,11 @@ def compare(directory):
     They differ where `tokenizer_config.json` names a class that has its own mind.
 
     Returns:
-        The ids of a text made of the vocabulary, as loaded and by `tokenizer.json`.
+        The ids of a text made of the vocabulary, as loaded and by `tokenizer.json`; and a line that
+        shows the first text on which they differ, and where, or nothing.
 
     Raises:
-        MCSDError: showing the first text on which they differ, and where.
+        MCSDError: if it does not load.
     """
     loaded = load_tokenizer(directory)
     written = Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -101,10 +108,11 @@ def compare(directory):
         if ids != wanted:
             pairs = zip([*ids, None], [*wanted, None], strict=False)
             first = next(i for i, (a, b) in enumerate(pairs) if a != b)
-            raise MCSDError(
-                f"[convert] the tokenizer in {directory} must give the ids of its tokenizer.json "
-                f"but on {text[:60]!r} it gives {ids[first : first + 3]} for "
-                f"{wanted[first : first + 3]} at token {first}; set tokenizer_class to "
-                "TokenizersBackend in its tokenizer_config.json."
+            return (
+                *(ids, wanted),
+                f"tokenizer as transformers loads it differs from its tokenizer.json on "
+                f"{text[:60]!r}: at token {first} it gives {ids[first : first + 3]} for "
+                f"{wanted[first : first + 3]}; if it was trained with the latter, set "
+                "tokenizer_class to TokenizersBackend in tokenizer_config.json.",
             )
-    return ids, wanted
+    return ids, wanted, ""
