@@ -28,3 +28,12 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def check_target(flag: str, path: str) -> None:
+    """Raise where a file could not be written, which nobody wants to hear after hours."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if os.path.isdir(path):
+        raise MCSDError(f"{flag} must name a file but {path} is a directory.")
+    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        raise MCSDError(f"{flag} must name a file in a directory to write to, not {path}.")

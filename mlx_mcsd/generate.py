@@ -7,6 +7,7 @@ import sys
 
 from .cli import Interrupts, Parser, boolean, integer, size
 from .errors import MCSDError, exits_cleanly
+from .files import check_target
 from .sampling import add_arguments, add_eos_tokens, begin, make_sampler, model_defaults
 
 PROMPT = "Once upon a time"
@@ -62,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.prompt_cache_file is not None and (args.state or args.save_state):
         raise MCSDError("--prompt-cache-file goes with neither --state nor --save-state.")
+    if args.save_state is not None:
+        check_target("--save-state", args.save_state)
     prompt = read_prompt(args.prompt, continues=args.state is not None)
     template = read_template_config(args.chat_template_config)
 

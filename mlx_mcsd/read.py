@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .cli import Interrupts, Parser, integer, size
 from .errors import MCSDError, exits_cleanly
+from .files import check_target
 from .tokens import stream_tokens
 
 BYTES = 2**14
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = setup_arg_parser().parse_args(argv)
     source = Source(args.files)
-    check_target(args.save)
+    check_target("--save", args.save)
 
     # Seconds of imports, which --help and a mistyped name need not wait for.
     from . import loading
@@ -134,15 +135,6 @@ def read_all(
                 yield
             if interrupts.asked:
                 return
-
-
-def check_target(path: str) -> None:
-    """Raise where the state could not be saved, which nobody wants to hear after hours."""
-    folder = os.path.dirname(os.path.realpath(path))
-    if os.path.isdir(path):
-        raise MCSDError(f"--save must name a file but {path} is a directory.")
-    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
-        raise MCSDError(f"--save must name a file in a directory to write to, not {path}.")
 
 
 class Source:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import tiny
 from mlx_mcsd import generate, generation, load
+from mlx_mcsd.state import State
 
 PROMPT = "a b ab"
 CHAT = (
@@ -284,6 +287,64 @@ def test_prompt_cache_continues_where_it_ended(run, fails, directory, tmp_path):
     assert "is another model's" in fails(*flags, model=other)
     assert "must be a prompt cache" in fails("--prompt-cache-file", directory / "model.safetensors")
     assert "no prompt cache" in fails("--prompt-cache-file", tmp_path / "none.safetensors")
+
+
+def test_a_saved_state_continues_as_if_never_stopped(run, fails, directory, tmp_path, root):
+    file = tmp_path / "a.state"
+    flags = ("--temp", 1.2, "--verbose", "f")
+    whole = run("-p", PROMPT, "-m", 30, "--seed", 3, *flags)
+    first = run("-p", PROMPT, "-m", 11, "--seed", 3, "--save-state", file, *flags)
+    done = process(*map(str, ("--model", directory, "--state", file, "-m", 19, *flags)), cwd=root)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert first.removesuffix("\n") + done.stdout.decode() == whole
+    assert run("--state", file, "-m", 19, "--seed", 4, *flags) != done.stdout.decode()
+    shown = run("--state", file, "-m", 1, "--temp", 0)
+    assert shown.startswith("==========\n") and "Prompt: 1 tokens" in shown
+    assert "must be a state file" in fails("--state", directory / "model.safetensors")
+    assert "goes with neither" in fails("--state", file, "--prompt-cache-file", file)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert "in a directory to write to" in fails(
+        "-m", 1, "--save-state", tmp_path / "none" / "a.state"
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_prompt_behind_a_state_begins_no_text(run, seen, directory, chat_directory, tmp_path):
+    for model, want in ((directory, ["<s>a b", " ab"]), (chat_directory, ["a b", "[user] ab"])):
+        flags = () if model is directory else ("--ignore-chat-template",)
+        run("-p", "a b", "-m", 1, "--save-state", tmp_path / "a", *flags, model=model)
+        run("-p", " ab", "--state", tmp_path / "a", model=model)
+        run("--state", tmp_path / "a", model=model)
+        assert [seen[0].removeprefix("<s>"), seen[1]] == [
+            want[0].removeprefix("<s>"),
+            want[1] + ("" if model is directory else "[assistant]"),
+        ]
+        assert seen[2] == ""
+        seen.clear()
+
+
+def test_ctrl_c_keeps_the_state_of_the_text_shown(directory, tmp_path, monkeypatch, capsys):
+    def interrupting(logprobs):
+        steps.append(1)
+        if len(steps) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return mx.argmax(logprobs[..., : len(tiny.PIECES)], axis=-1)
+
+    steps, file = [], tmp_path / "a.state"
+    monkeypatch.setattr(generate, "make_sampler", lambda *_: interrupting)
+    with pytest.raises(SystemExit) as caught:
+        generate.main(
+            ["--model", str(directory), "-p", PROMPT, "--save-state", str(file), "--verbose", "f"]
+        )
+    assert caught.value.code == 130
+    ids = greedy(directory, PROMPT, 5)
+    out = capsys.readouterr()
+    assert (out.out, out.err) == (text_of(directory, ids) + "\n", "")
+    model, tokenizer = load(directory)
+    want = State(model)
+    want.read([*tokenizer.encode(PROMPT), *ids])
+    state = State.load(file, model)
+    assert (state.hash, state.pending) == (want.hash, want.pending)
 
 
 # --- the model's own sampling ------------------------------------------------------------------

@@ -13,6 +13,12 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 PIECES = [*SPECIAL, *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "▁a", "▁b", "\n"]
 """In SentencePiece's manner: every byte is a piece, so any text is spelled and got back."""
 
+TEMPLATE = (
+    "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}[/]\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+"""A chat template of the usual kind."""
+
 VOCAB_SIZE = 272
 """Padded, as embeddings often are: the tokenizer knows fewer ids."""
 
