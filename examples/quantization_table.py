@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it remarks on every config it reads
+
 import mlx.core as mx
 from bundle_stories import bits_per_character
 from mlx_lm import stream_generate
@@ -58,7 +60,8 @@ def main(argv=None):
     print(HEADER)
     for name, options in SETTINGS.items():
         with TemporaryDirectory() as scratch:
-            report = convert(resolve(args.model), Path(scratch) / "model", **options)
+            target = Path(scratch) / "model"
+            report = convert(resolve(args.model), target, verification=False, **options)
             model, tokenizer = load(report.target)
             weight = 8 * report.bytes / report.plan.size
             bits = bits_per_character(model, tokenizer, stories)
