@@ -135,6 +135,8 @@ def main(argv: list[str] | None = None) -> None:
         state.save(args.save_state, shlex.join(["mlx_mcsd.generate", *argv]))
     if interrupts.asked:
         raise KeyboardInterrupt
+    # The look-ahead step may still wait for the others: all leave together, or it complains.
+    mx.eval(mx.distributed.all_sum(mx.array(0), group=group))
     if args.verbose:
         print_summary(response, state)
 
