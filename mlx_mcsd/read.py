@@ -122,14 +122,15 @@ def read_all(
 
     from .generation import read
 
-    saved = begun = state.tokens_seen
+    saved, begun = state.tokens_seen, known(state)
     with tqdm(unit=" tokens", disable=None) as bar:
         # Steps always end at the same tokens, so that an interrupted reading comes to the same.
         while block := list(islice(ids, step + 1 - len(state.pending))):
             read(state, block, step, bar.update)
             if source.total:
                 # How many tokens there are shows at the end; until then it is a guess.
-                bar.total = max(bar.n, round(known(state) * source.total / source.bytes) - begun)
+                guess = known(state) - begun - 1
+                bar.total = max(bar.n, round(guess * source.total / source.bytes))
             if interrupts.asked or state.tokens_seen - saved >= every:
                 saved = state.tokens_seen
                 yield
@@ -164,9 +165,9 @@ class Source:
             done = 0
             with self._open(name) as file:
                 while data := file.read(BYTES):
+                    self.bytes += len(data)
                     yield self._decode(decoder, data, name, done)
                     done += len(data)
-                    self.bytes += len(data)
                 yield self._decode(decoder, b"", name, done)
 
     @staticmethod

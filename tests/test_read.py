@@ -1,5 +1,6 @@
 """The read command: the state of the whole text, in constant memory, through interruptions."""
 
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import tqdm
 
 import tiny
 from mlx_mcsd import generation, load, read
@@ -74,6 +76,30 @@ def test_the_state_is_that_of_the_whole_text(run, book, directory, tmp_path):
     assert saved(tmp_path / "a.state", directory) == want
     assert State.load(tmp_path / "a.state", model).command.startswith("mlx_mcsd.read --model ")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.state", "book.txt"]
+
+
+def test_the_bar_counts_tokens_to_the_end(run, tmp_path, monkeypatch):
+    (tmp_path / "ascii.txt").write_text("ab a\n" * 7001)
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options | {"disable": False, "file": io.StringIO()})
+            bars.append((self, []))
+
+        def update(self, n):
+            super().update(n)
+            bars[-1][1].append((self.n, self.total))
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    code, out, _ = run(tmp_path / "ascii.txt", "--save", tmp_path / "a.state")
+    (bar, figures), count = bars[0], int(re.match(r"Read: (\d+) tokens", out)[1])
+    assert code == 0 and count > 21_000
+    assert (bar.n, bar.total) == (count - 1, count - 1)  # one is pending
+    guesses = [total for _, total in figures if total]
+    # A guess is low by what was encoded but not read, two windows at most.
+    assert all(total <= 1.01 * count for total in guesses)
+    assert len(guesses) > 30
 
 
 def test_files_and_standard_input_are_one_text(run, book, directory, tmp_path, monkeypatch):
