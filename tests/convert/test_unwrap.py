@@ -119,3 +119,10 @@ def test_nan_of_any_kind(tmp_path):
     torch.save({"w": value}, tmp_path / "x.pt")
     (loaded,) = Checkpoint(tmp_path / "x.pt").load("w").tolist()
     assert loaded != loaded
+
+
+def test_model_is_no_wrapper_of_some(tmp_path):
+    """`model.` is taken off all names or none."""
+    state = under("model.", TIED) | {"other.weight": torch.ones(1)}
+    torch.save(state, tmp_path / "x.pt")
+    assert Checkpoint(tmp_path / "x.pt").tensors.keys() == state.keys()
