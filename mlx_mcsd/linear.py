@@ -32,7 +32,9 @@ class _Rows:
         if blocks is None or (M := x.size // D) * D * blocks.shape[-1] > PRODUCTS:
             return x @ self["weight"].T
         y = x.reshape(M, D) @ blocks  # (k, M, R/k)
-        return y.swapaxes(0, 1).reshape(*x.shape[:-1], -1)
+        if M > 1:
+            y = y.swapaxes(0, 1)
+        return y.reshape(*x.shape[:-1], -1)
 
     def pack(self) -> None:
         """Pack the matrix, unless that was done since it was last replaced."""

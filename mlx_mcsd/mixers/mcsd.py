@@ -271,6 +271,8 @@ class MCSD(Mixer):
             y = proj(x, mx.arange(C))  # (C, B*N, k*Dc)
             y = y.reshape(C, B, N, k * Dc).transpose(1, 2, 0, 3)  # (B, N, C, k*Dc)
             parts = mx.split(y, k, axis=-1)
+        elif N == 1:
+            parts = mx.split(proj(x).reshape(B, k, C, Dc), k, axis=1)  # two operations, not five
         else:
             y = proj(x)  # (B, N, k*D)
             parts = [p.reshape(B, N, C, Dc) for p in mx.split(y, k, axis=-1)]
