@@ -166,6 +166,9 @@ def main(argv: list[str] | None = None) -> None:
     directory = loading.resolve(args.model)
     parser.set_defaults(**model_defaults(directory) | {"max_tokens": 512})
     serve(*make_server(parser.parse_args(argv), directory))
+    # All is done and flushed. Ending in order, with threads of MLX and of clients who linger, the
+    # interpreter now and then aborts.
+    os._exit(0)
 
 
 def check_host(args) -> None:

@@ -167,6 +167,7 @@ class Engine:
         self._thread.join()
 
     def _run(self, loaded: Future) -> None:
+        self._stream = mx.default_stream(mx.default_device())
         try:
             _fulfil(loaded, self._begin)
             if loaded.exception() is not None:
@@ -183,12 +184,12 @@ class Engine:
             self._rows.clear()
             while not self._commands.empty():
                 self._commands.get()()
+            # The step ahead that nobody wants any more: MLX takes no end of a thread in its midst.
+            mx.synchronize(self._stream)
 
     def _begin(self):
         model, tokenizer, base = self._load()
-        self._generator = BatchGenerator(
-            model, stream=mx.default_stream(mx.default_device()), **self._options
-        )
+        self._generator = BatchGenerator(model, stream=self._stream, **self._options)
         self._eos = StopSequences([(token,) for token in tokenizer.eos_token_ids])
         return model, tokenizer, Entry((base or State(model)).snapshot())
 
