@@ -104,6 +104,17 @@ def test_ids_are_those_of_the_whole_text(tokenizer, text, monkeypatch):
     assert windows > len(text) / 6000
 
 
+def test_windows_that_cannot_agree_lose_nothing(monkeypatch):
+    """In a long run a window begins where no token of the text does."""
+    for name, value in (("WINDOW", 3000), ("MARGIN", 300), ("OVERLAP", 300)):
+        monkeypatch.setattr(tokens, name, value)
+    backend = Tokenizer.from_str(json.dumps(bundled()))
+    backend.add_tokens(["a" * 7])
+    text = "Once" + "a" * 20_001 + " upon a time " + "a" * 9_001
+    got, _ = streamed(SimpleNamespace(backend_tokenizer=backend), text)
+    assert got == backend.encode(text).ids
+
+
 def test_ids_of_a_novel_are_those_of_the_whole(tokenizer, data_dir):
     with lzma.open(data_dir / "books" / "fiction.txt.xz", "rt", encoding="utf-8") as file:
         text = file.read(300_000)
