@@ -6,9 +6,11 @@ import mlx.core as mx
 import pytest
 
 import serving
+import tiny
 from mlx_mcsd.conversation import render
 from mlx_mcsd.model import Model
-from mlx_mcsd.state import State
+from mlx_mcsd.server.prefixes import Entry, Prefixes
+from mlx_mcsd.state import Snapshot, State
 
 CHAT = "/v1/chat/completions"
 
@@ -215,6 +217,38 @@ def test_the_states_kept_stay_within_their_budget(directory, tmp_path, read):
         again, _ = chat(server, [user("the abba")], n=2)
         assert again == first
         assert (len(app.engine.prefixes), app.engine.prefixes.nbytes) == (0, 0)
+
+
+def test_the_state_used_last_is_dropped_last():
+    arrays = ((mx.zeros((1, 5)),),)
+    entry = Entry(Snapshot(arrays, 0, "", (), ()))
+    prefixes = Prefixes(2 * entry.nbytes)
+    prefixes.add(b"a", entry)
+    prefixes.add(b"b", entry)
+    assert prefixes.get(b"a") is entry
+    prefixes.add(b"c", entry)
+    assert [prefixes.get(name) is entry for name in (b"a", b"b", b"c")] == [True, False, True]
+    prefixes.add(b"c", entry)
+    assert (len(prefixes), prefixes.nbytes) == (2, 2 * 20)
+
+
+def test_a_text_that_was_read_to_its_end_can_be_asked_for_whole(running):
+    server, app = running
+    prompt = ids(app, "the abba", first=True)
+    whole, found = written(app, prompt, 20)
+    first, _ = chat(server, [user("the abba")], max_tokens=20, stop=whole[4:7])
+    reply = ids(app, first)
+    assert reply == found[: len(reply)]
+    again, _ = chat(server, [user("the abba" + first)])
+    assert again == written(app, prompt + reply)[0]
+
+
+def test_a_token_that_ends_a_text_is_no_part_of_it_even_if_it_spells_something(tmp_path):
+    end = len(tiny.SPECIAL) + serving.LETTERS.index(".")
+    serving.write_model(tmp_path / "model", eos_token_id=end)
+    with serving.running(tmp_path / "model", tmp_path) as (server, _):
+        first, usage = chat(server, [user("the")], logit_bias={str(end): 100})
+    assert (first, usage["completion_tokens"]) == ("", 1)
 
 
 def test_sessions_are_made_changed_listed_and_deleted(running):
