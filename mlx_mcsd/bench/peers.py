@@ -87,8 +87,8 @@ def count(model: nn.Module) -> int:
 def cache_after(model: nn.Module, tokens: int, batch: int = 1) -> list:
     """Return a cache of the size it has after so many tokens, without reading them.
 
-    What grows with the text is filled with random keys and values, what counts tokens is set, and
-    the other states come from a first token. A step takes no note of anything else.
+    What grows with the text is filled with ones, what counts tokens is set, and the other states
+    come from a first token. How long a step takes depends on nothing else.
     """
     probe, cache = make_prompt_cache(model), make_prompt_cache(model)
     model(mx.zeros((batch, 1), mx.int32), cache=probe)
@@ -101,7 +101,7 @@ def cache_after(model: nn.Module, tokens: int, batch: int = 1) -> list:
         else:
             B, H, _, width = first.keys.shape
             kept = min(tokens, getattr(c, "max_size", tokens))
-            c.update_and_fetch(*(mx.random.normal((B, H, kept, width)) for _ in range(2)))
+            c.update_and_fetch(*(mx.ones((B, H, kept, width)) for _ in range(2)))
     mx.eval([c.state for c in cache])
     return cache
 
