@@ -354,8 +354,7 @@ def test_a_session_remembers_over_a_restart(directory, tmp_path, read):
         assert read() == 1 + new + 8
 
 
-def test_a_state_of_other_messages_is_not_believed(directory, tmp_path):
-    """As after a crash between the two files of a session."""
+def test_after_a_crash_between_its_files_a_session_believes_its_messages(directory, tmp_path):
     with serving.running(directory, tmp_path) as (server, app):
         _, session = serving.ask(server, "POST", "/v1/sessions", {})
         states = []
