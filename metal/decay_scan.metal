@@ -3,8 +3,8 @@
 //   x      (B, N, C, Dc)  float, float16_t or bfloat16_t
 //   decay  (3, C)         float: lambda, what rounding it to float lost, log2(lambda)
 //   h0     (B, C, Dc)     float
-//   mask   (B, N)         bool: false where no token exists           read only if HAS_MASK
-//   reset  (B, N)         bool: true where the state restarts at 0    read only if HAS_RESET
+//   mask   (B, N, 8)      bool: false where no token exists           read only if HAS_MASK
+//   reset  (B, N, 8)      bool: true where the state restarts at 0    read only if HAS_RESET
 //   h      (B, N, C, Dc)  float
 //   last   (B, C, Dc)     float, the state after token N - 1
 //
@@ -106,6 +106,6 @@ for (int pass = 0; pass < (S > 1 ? 2 : 1); ++pass) {
     kept[s][lane] = cut ? -1.0f : part;
   }
   if (writes && on && s == S - 1) {
-    last[b * D + f] = state + rest;
+    last[int64_t(b) * D + f] = state + rest;
   }
 }

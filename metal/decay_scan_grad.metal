@@ -7,8 +7,8 @@
 //   dh     (B, N, C, Dc)  float, float16_t or bfloat16_t
 //   decay  (3, C)         float: lambda, what rounding it to float lost, log2(lambda)
 //   dlast  (B, C, Dc)     float
-//   mask   (B, N)         bool: false where no token exists           read only if HAS_MASK
-//   reset  (B, N)         bool: true where the state restarts at 0    read only if HAS_RESET
+//   mask   (B, N, 8)      bool: false where no token exists           read only if HAS_MASK
+//   reset  (B, N, 8)      bool: true where the state restarts at 0    read only if HAS_RESET
 //   dx     (B, N, C, Dc)  T
 //   dh0    (B, C, Dc)     float
 //
@@ -113,6 +113,6 @@ for (int pass = 0; pass < (S > 1 ? 2 : 1); ++pass) {
     kept[s][lane] = cut ? -1.0f : part;
   }
   if (writes && on && s == 0) {
-    dh0[b * D + f] = g + rest;
+    dh0[int64_t(b) * D + f] = g + rest;
   }
 }

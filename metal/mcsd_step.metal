@@ -10,8 +10,8 @@
 //   gain          (C Dc,)        any float type
 //   rates         (C, 7)         float: e^-beta and what rounding it lost, alpha likewise, beta,
 //                                e^beta - 1, the norm's eps
-//   mask          (B, 1)         bool: false where no token exists           read only if HAS_MASK
-//   reset         (B, 1)         bool: true where state and n restart at 0   read only if HAS_RESET
+//   mask          (B, 1, 8)      bool: false where no token exists           read only if HAS_MASK
+//   reset         (B, 1, 8)      bool: true where state and n restart at 0   read only if HAS_RESET
 //   theta         (B, 1, C, Dc)  T: slope + decay; if CONCAT (B, 1, C, 2 Dc): [slope, decay]
 //   A_next, H_next, count_next   as A, H, count
 //

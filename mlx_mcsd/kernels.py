@@ -16,11 +16,9 @@ from importlib.resources import files
 import mlx.core as mx
 import numpy as np
 
-from .arguments import check_scan
+from .arguments import DTYPES, check_block, check_scan
 from .errors import MCSDError
 from .pieces import in_pieces, send
-
-DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 LANES = 32  # of a simdgroup
 FULL_GRID = 16_384  # threads below which a GPU starves: time is then split into segments
@@ -28,6 +26,7 @@ SEGMENTS = (4, 8, 16)  # one simdgroup each, at most 512 threads; of two, one wo
 SEGMENT_TOKENS = 32  # at least, or combining the segments costs more than they save
 STEP_FEATURES = 4  # of a lane, for one channel of one token: enough to outweigh its constants
 STEP_SIMDGROUPS = 16  # at most, for the same
+NOT_CONSTANT = 8  # elements: MLX puts an input of fewer into Metal's constant memory
 MIX_TOKENS = 16  # that a simdgroup takes in turn, its share of the gain held in registers
 
 
@@ -152,25 +151,20 @@ def mcsd_step(
     Raises:
         MCSDError: if a shape or a dtype is unfit.
     """
-    for x, state in ((V, A), (E, H)):
-        check_scan(x, alpha, state, mask, reset)
-    B, N, C, Dc = U.shape
-    if N != 1:
-        raise MCSDError(f"[mcsd_step] U must hold one token, (B, 1, C, Dc), but got {U.shape}.")
+    check_block("mcsd_step", (U, V, E, F), (A, H), count, gain, beta)
+    check_scan(V, alpha, A, mask, reset)
+    B, _, C, Dc = U.shape
+    shape = (B, 1, C * Dc * (2 if concat else 1))
+    if U.size == 0:
+        return mx.zeros(shape, U.dtype), A, H, count
     W = min(-(-Dc // (LANES * STEP_FEATURES)), STEP_SIMDGROUPS)
-    rates = _rates(beta, alpha, eps)
+    sizes = [("W", W), ("PER_LANE", -(-Dc // (LANES * W)))]
     theta, A, H, count = kernel("mcsd_step")(
-        inputs=[U, V, E, F, A, H, count, gain, rates, *_flags(mask, reset)],
-        template=[
-            ("T", U.dtype),
-            ("W", W),
-            ("PER_LANE", -(-Dc // (LANES * W))),
-            ("CONCAT", concat),
-            *_presence(mask, reset),
-        ],
+        inputs=[U, V, E, F, A, H, count, gain, _rates(beta, alpha, eps), *_flags(mask, reset)],
+        template=[("T", U.dtype), *sizes, ("CONCAT", concat), *_presence(mask, reset)],
         grid=(LANES * W, C, B),
         threadgroup=(LANES * W, 1, 1),
-        output_shapes=[(B, 1, C * Dc * (2 if concat else 1)), A.shape, H.shape, count.shape],
+        output_shapes=[shape, A.shape, H.shape, count.shape],
         output_dtypes=[U.dtype, mx.float32, mx.float32, mx.int32],
     )
     return theta, A, H, count
@@ -207,7 +201,11 @@ def mcsd_mix(
 
     Returns:
         (B, N, D) or (B, N, 2D) in U's dtype. Differentiable in U, V, E, F, A, H and gain.
+
+    Raises:
+        MCSDError: if a shape or a dtype is unfit.
     """
+    check_block("mcsd_mix", (U, V, E, F), (A, H), n, gain, beta)
     B, N, C, Dc = U.shape
     shape = (B, N, C * Dc * (2 if concat else 1))
     if U.size == 0:
@@ -377,8 +375,15 @@ def _pair(values) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _flags(mask, reset) -> list[mx.array]:
-    """The mask and the reset, or what a kernel is given for one it will not read."""
-    return [_absent() if m is None else m for m in (mask, reset)]
+    """The mask and the reset, or what a kernel is given for one it will not read.
+
+    Constant memory begins at multiples of 4 bytes, and a slice of a small mask anywhere. So a mask
+    has a last axis, of stride 0, that makes it large: a view, nothing is launched or copied.
+    """
+    return [
+        _absent() if m is None else mx.broadcast_to(mx.expand_dims(m, -1), (*m.shape, NOT_CONSTANT))
+        for m in (mask, reset)
+    ]
 
 
 def _presence(mask, reset) -> list[tuple[str, bool]]:

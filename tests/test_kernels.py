@@ -179,6 +179,67 @@ def test_step_complaints(N, dtype):
         kernels.mcsd_step(*[x] * 4, state, state, count, gain, beta=(1.0,) * 3, alpha=LAM, eps=1e-6)
 
 
+def block(B=2, N=1, C=3, Dc=5, **other):
+    """Arguments of mcsd_step, or of mcsd_mix where N > 1, but for those given."""
+    state = (B, C, Dc) if N == 1 else (B, N, C, Dc)
+    shapes = dict.fromkeys("UVEF", (B, N, C, Dc)) | dict.fromkeys("AH", state)
+    made = {name: mx.zeros(shape) for name, shape in shapes.items()}
+    made |= dict(n=mx.zeros(state[:-2], mx.int32), gain=mx.ones(C * Dc), beta=(1.0,) * C)
+    made |= other
+    step = dict(alpha=LAM) if N == 1 else {}
+    form = kernels.mcsd_step if N == 1 else kernels.mcsd_mix
+    return form(*list(made.values())[:8], beta=made["beta"], eps=1e-6, **step)
+
+
+@pytest.mark.parametrize("N", [1, 2], ids=["mcsd_step", "mcsd_mix"])
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("U", mx.zeros((2, 3, 5))),
+        ("V", mx.zeros((2, 7, 3, 5))),
+        ("E", mx.zeros((1, 1, 3, 5))),
+        ("F", mx.zeros((2, 1, 3, 5), mx.int32)),
+        ("A", mx.zeros((2, 3, 5), mx.float16)),
+        ("H", mx.zeros((2, 3, 4))),
+        ("n", mx.zeros(2)),
+        ("n", mx.zeros(3, mx.int32)),
+        ("gain", mx.ones(5)),
+        ("beta", (1.0, 1.0)),
+    ],
+)
+def test_a_block_is_checked(name, wrong, N):
+    """A kernel would read past the end of what is too small, and take one type for another."""
+    with pytest.raises(MCSDError, match="must"):
+        block(N=N, **{name: wrong})
+
+
+def test_a_block_that_fits_is_not_refused():
+    for N in (1, 2):
+        mx.export_function([].append, lambda U, N=N: block(N=N, U=U), mx.zeros((2, N, 3, 5)))
+
+
+def test_a_block_of_no_rows():
+    for N in (1, 2):
+        theta = block(B=0, N=N)[0] if N == 1 else block(B=0, N=N)
+        assert theta.shape == (0, N, 15)
+
+
+def test_small_flags_are_not_in_constant_memory():
+    """It begins at multiples of 4 bytes; the flags of one token of few rows begin anywhere."""
+    texts = []
+
+    def note(node):
+        if node.get("name") == "CustomKernel":
+            texts.append(node["arguments"][1])
+
+    def one_token(x, mask, reset):
+        return kernels.decay_scan(x, LAM, None, mask[:, 1:2], reset[:, 1:2])
+
+    flags = mx.ones((1, 3), mx.bool_)
+    mx.export_function(note, one_token, mx.zeros((1, 1, 3, 5)), flags, flags)
+    assert "const device bool* mask " in texts[0] and "const device bool* reset " in texts[0]
+
+
 # --- on a Mac ----------------------------------------------------------------------------------
 
 

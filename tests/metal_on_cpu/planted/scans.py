@@ -115,7 +115,7 @@ SCAN = [
     ),
     ("x read one token past the end", "v[k] = n + k < stop ?", "v[k] = n + k <= stop ?"),
     ("tokens read twice", "n += AHEAD)", "n += AHEAD - 1)"),
-    ("last of row 0", "last[b * D + f]", "last[f]"),
+    ("last of row 0", "last[int64_t(b) * D + f]", "last[f]"),
     ("the part before is kept", "part = kept[k][lane]", "part = kept[k - 1][lane]"),
     (
         "what is left is scaled too",
@@ -186,7 +186,7 @@ ADJOINT = [
         "if (writes && on && s == 0) {",
         "if (writes && on && s == S - 1) {",
     ),
-    ("dh0 of row 0", "dh0[b * D + f]", "dh0[f]"),
+    ("dh0 of row 0", "dh0[int64_t(b) * D + f]", "dh0[f]"),
     (
         "a restart passes its own cotangent on",
         "g = rest = 0.0f;\n          cut = true;\n        } else {",
