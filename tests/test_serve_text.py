@@ -1,10 +1,14 @@
 """The text of an answer: whole characters, notes with the text they belong to, known moments."""
 
+import json
+
 import pytest
 
+import serving
 import tiny
 from mlx_mcsd.loading import load_tokenizer
 from mlx_mcsd.server.text import Text
+from tiny import TEMPLATE
 
 FAMILY = "\U0001f469\u200d\U0001f469\u200d\U0001f467"
 SAMPLES = [
@@ -80,3 +84,29 @@ def test_a_stop_string_takes_its_tokens_notes_with_it(tokenizer):
     noted = [note for _, notes, _ in found for note in notes]
     assert noted == [i for i, start in enumerate(starts) if start < len("baab ")]
     assert made.settled is None or made.settled <= len("baab ")
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_what_goes_on_with_a_text_keeps_the_space_that_begins_it(tmp_path, template):
+    """Behind a prompt or a plain conversation; a templated reply follows the decoder."""
+    model = tmp_path / "model"
+    serving.write_model(model)
+    spec = json.loads((model / "tokenizer.json").read_text())
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    spec["decoder"] = {"type": "Sequence", "decoders": [spec["decoder"], strip]}
+    (model / "tokenizer.json").write_text(json.dumps(spec))
+    if template:
+        (model / "chat_template.jinja").write_text(template)
+    with serving.running(model, tmp_path) as (server, app):
+        space = app.engine.tokenizer.convert_tokens_to_ids(" a")
+        body = {"max_tokens": 2, "n": 2, "temperature": 0, "logit_bias": {str(space): 100}}
+
+        def texts(path, **prompt):
+            choices = serving.ask(server, "POST", path, body | prompt)[1]["choices"]
+            return [c["text"] if "text" in c else c["message"]["content"] for c in choices]
+
+        assert texts("/v1/completions", prompt="b") == [" a a"] * 2
+        assert texts("/v1/completions", prompt=[1]) == ["a a"] * 2  # behind <s> a text begins
+        talk = [{"role": "user", "content": "b"}]
+        reply = "a a" if template else " a a"
+        assert texts("/v1/chat/completions", messages=talk) == [reply] * 2

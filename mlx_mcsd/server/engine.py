@@ -58,6 +58,7 @@ class Job:
         start: where to go on from.
         segments: (name, ids) to read: the state after each is kept under its name.
         logprobs: how many alternatives to report; None reports no probabilities.
+        after_text: whether it goes on with a text, so that a space which begins it is kept.
         first: number of its first text.
         parts: receives each :class:`Part`; an :class:`APIError` says that there will be no more.
     """
@@ -70,6 +71,7 @@ class Job:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    after_text: bool = False
     first: int = 0
     parts: SimpleQueue = field(default_factory=SimpleQueue)
 
@@ -86,10 +88,9 @@ class Row:
             arrays of the batch and the row in them.
     """
 
-    def __init__(self, job: Job, index: int, entry: Entry, text: Text):
-        self.job, self.index, self.entry, self.text = job, index, entry, text
+    def __init__(self, job: Job, index: int, entry: Entry, last: int, text: Text):
+        self.job, self.index, self.entry, self.last, self.text = job, index, entry, last, text
         self.marks: list[tuple[bytes, list[int]]] = []
-        self.last = 0
         self.written: list[int] = []
         self.settled = None
 
@@ -215,13 +216,13 @@ class Engine:
         segments = [(name, list(ids)) for name, ids in job.segments if ids] or [(None, [])]
         segments[0] = (segments[0][0], pending + segments[0][1])
         *before, (name, ids) = segments
-        row = Row(job, 0, job.start, Text(self.tokenizer, job.stop))
+        row = self._row(job, 0, job.start, ids[-1])
         if ids[1:]:
             before.append((name, ids[:-1]))
         else:  # nothing to read before the last token
             snapshot = replace(job.start.snapshot, pending=tuple(ids))
             row.entry = Entry(snapshot, job.start.tokens + len(ids) - len(pending))
-        row.marks, row.last = before, ids[-1]
+        row.marks = before
         self._add(row, [ids for _, ids in before])
         if not before:
             self._insert_rest(row)
@@ -229,9 +230,11 @@ class Engine:
     def _insert_rest(self, first: Row) -> None:
         """Put a job's other texts into the batch, their prompt read but for its last token."""
         for index in range(1, first.job.n):
-            row = Row(first.job, index, first.entry, Text(self.tokenizer, first.job.stop))
-            row.last = first.last
-            self._add(row, [])
+            self._add(self._row(first.job, index, first.entry, first.last), [])
+
+    def _row(self, job: Job, index: int, entry: Entry, last: int) -> Row:
+        after_text = job.after_text and last not in self.tokenizer.all_special_ids
+        return Row(job, index, entry, last, Text(self.tokenizer, job.stop, after_text))
 
     def _add(self, row: Row, segments: list[list[int]]) -> None:
         """Put a row into the batch, to read these segments and its last token."""

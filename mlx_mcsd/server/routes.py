@@ -188,6 +188,7 @@ class AppHandler(Handler):
                     seed=call.seed,
                     stop=call.stop,
                     logprobs=call.logprobs,
+                    after_text=not (chat and app.engine.tokenizer.has_chat_template),
                     first=i * call.n,
                     parts=queue,
                 )

@@ -9,10 +9,11 @@ class Text:
     Args:
         tokenizer: of the tokens.
         stop: strings that end the text and are no part of it; they may span tokens.
+        after_text: whether text stands before, so that a space which begins this one is kept.
     """
 
-    def __init__(self, tokenizer, stop=()):
-        self._stream = TextStream(tokenizer, stop)
+    def __init__(self, tokenizer, stop=(), after_text=False):
+        self._stream = TextStream(tokenizer, stop, after_text=after_text)
         self._ready = ""
         self._notes = []
         self._taken = 0
