@@ -231,7 +231,7 @@ def make_server(args, directory: Path):
             name=args.model if args.model and not os.path.isdir(args.model) else directory.name,
             engine=engine,
             prompts=prompts,
-            sessions=Sessions(Path(args.session_dir).expanduser(), prompts),
+            sessions=Sessions(Path(os.path.expanduser(args.session_dir)), prompts),
             limits=Limits(
                 max_tokens=args.max_tokens,
                 most_tokens=max(args.max_tokens, args.max_generated_tokens),

@@ -398,3 +398,25 @@ def test_every_conversation_begins_with_the_servers_state(directory, tmp_path, r
         body = {"prompt": " was", "max_tokens": 8, "temperature": 0}
         _, answer = serving.ask(server, "POST", "/v1/completions", body)
         assert answer["choices"][0]["text"] == text
+
+
+def test_what_the_disk_refuses_is_told(running, tmp_path, caplog):
+    server, app = running
+    app.sessions.directory.write_text("a file where the folder should be")
+    assert serving.ask(server, "GET", "/v1/sessions")[0] == 200
+    status, answer = serving.ask(server, "POST", "/v1/sessions", {"title": "a"})
+    assert (status, answer["error"]["type"]) == (507, "server_error")
+    assert str(tmp_path) not in answer["error"]["message"]
+    app.sessions.directory.unlink()
+
+    _, session = serving.ask(server, "POST", "/v1/sessions", {"messages": [user("ab")]})
+    file = app.sessions.directory / f"{session['id']}.state"
+    file.mkdir()
+    path = f"/v1/sessions/{session['id']}"
+    assert chat(server, [user("ab")])
+    download(server, session["id"])
+    status, answer = serving.ask(server, "POST", path, {"title": "b"})
+    assert (status, answer["error"]["type"]) == (507, "server_error")
+    assert serving.ask(server, "DELETE", path)[0] == 507
+    assert f"{file}" in caplog.text
+    assert "Traceback" not in caplog.text

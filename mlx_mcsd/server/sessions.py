@@ -9,6 +9,7 @@ import logging
 import re
 import secrets
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty
 from threading import Lock
@@ -62,7 +63,8 @@ class Sessions:
         """A new session, from a JSON body: messages, a title, a session whose base it shares."""
         parent = Fields(content).text("base", longest=64)
         tokens = 0 if parent is None else self._read(parent)["base_tokens"]
-        data = self._file(parent, "base.state").read_bytes() if tokens else b""
+        with _disk():
+            data = self._file(parent, "base.state").read_bytes() if tokens else b""
         return self._save(self._new(self._fields(content) | {"base_tokens": tokens}, data))
 
     def upload(self, data: bytes, title: str) -> dict:
@@ -81,7 +83,7 @@ class Sessions:
 
     def delete(self, name: str) -> dict:
         """Remove a session and its states."""
-        with self._lock:
+        with self._lock, _disk():
             self._read(name)
             for end in ("json", "state", "base.state"):
                 self._file(name, end).unlink(missing_ok=True)
@@ -164,18 +166,25 @@ class Sessions:
         """A session that is not saved yet, its base state (if any) written."""
         if len(list(self.directory.glob("*.json"))) >= MOST:
             raise APIError(409, f"at most {MOST} sessions are kept; delete some.")
-        self.directory.mkdir(parents=True, exist_ok=True)
         name, now = secrets.token_hex(8), time.time()
-        if base:
-            write_atomically(self._file(name, "base.state"), base)
+        with _disk():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if base:
+                write_atomically(self._file(name, "base.state"), base)
         session = {"id": name, "object": "session", "title": "", "created": int(now)}
         return session | {"updated": now, "base_tokens": 0, "state": "", "messages": []} | given
 
     def _read(self, name: str) -> dict:
         file = self._file(name, "json")
-        if not ID.fullmatch(name) or not file.exists():
-            raise APIError(404, "there is no such session.", code="session_not_found")
-        content = parse_json(file.read_bytes())
+        missing = APIError(404, "there is no such session.", code="session_not_found")
+        if not ID.fullmatch(name):
+            raise missing
+        with _disk():
+            try:
+                data = file.read_bytes()
+            except FileNotFoundError:
+                raise missing from None
+        content = parse_json(data)
         fields = Fields(content)
         messages = parse_messages(fields) if content.get("messages") else []
         return {
@@ -199,13 +208,24 @@ class Sessions:
         if entry is not None:
             session["state"] = _mark(entry)
         # The state last: one that does not fit the session's mark is not believed.
-        write_atomically(self._file(session["id"], "json"), json.dumps(session).encode())
-        if entry is not None:
-            write_atomically(self._file(session["id"], "state"), self._bytes(entry, ""))
+        with _disk():
+            write_atomically(self._file(session["id"], "json"), json.dumps(session).encode())
+            if entry is not None:
+                write_atomically(self._file(session["id"], "state"), self._bytes(entry, ""))
         return _shown(session)
 
     def _file(self, name: str, end: str) -> Path:
         return self.directory / f"{name}.{end}"
+
+
+@contextmanager
+def _disk():
+    """What the disk refuses is told: to the client that, to the owner, in the log, all of it."""
+    try:
+        yield
+    except (MCSDError, OSError) as error:
+        log.warning("%s", error)
+        raise APIError(507, "the server's disk refuses the session; its log says why.") from error
 
 
 def _shown(session: dict) -> dict:
