@@ -1,5 +1,6 @@
 """``python -m mlx_mcsd.chat``: a conversation on the terminal, or line by line on a pipe."""
 
+import os
 import re
 import shlex
 import sys
@@ -246,8 +247,9 @@ class Chat:
 
     def undo(self, count: str) -> None:
         """Take back turns."""
-        if count and not (count.isascii() and count.isdecimal() and int(count)):
-            raise MCSDError(f"/undo takes a number of turns, from 1, but got {count!r}.")
+        whole = count.isascii() and count.isdecimal() and len(count) < 10
+        if count and not (whole and int(count)):
+            raise MCSDError(f"/undo takes a number of turns, from 1, but got {count[:20]!r}.")
         self.session.undo(count := int(count or 1))
         turns = "the last turn" if count == 1 else f"{count} turns"
         print(f"Took back {turns}; {len(self.session.turns)} more can be.", flush=True)
@@ -273,14 +275,14 @@ class Chat:
 
     def save(self, file: str) -> None:
         """Save the state."""
-        self.session.state.save(file, self.command)
+        self.session.state.save(os.path.expanduser(file), self.command)
         print(f"Saved {size(self.session.state.nbytes)} to {file}.", flush=True)
 
     def load(self, file: str) -> None:
         """Load a state."""
         from .state import State
 
-        state = State.load(file, self.session.model)
+        state = State.load(os.path.expanduser(file), self.session.model)
         self.session.load(state, follows_reply(state))
         begin(None, state)
         count = state.tokens_seen + len(state.pending)

@@ -92,7 +92,8 @@ def add_eos_tokens(tokenizer, tokens) -> None:
     vocabulary = tokenizer.get_vocab()
     for token in tokens:
         # Asked for a token it lacks, a tokenizer may answer with the one for unknown text.
-        if token not in vocabulary and not (token.isdecimal() and int(token) < len(tokenizer)):
+        is_id = token.isdecimal() and len(token) < 10 and int(token) < len(tokenizer)
+        if token not in vocabulary and not is_id:
             raise MCSDError(f"--extra-eos-token {token!r} is no token of this model's tokenizer.")
         tokenizer.add_eos_token(token)
 

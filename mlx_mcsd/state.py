@@ -16,7 +16,6 @@ Nothing here knows which mixer it serves.
 
 import hashlib
 import json
-import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -180,8 +179,8 @@ class State:
                 edited; nothing in it is ever executed.
         """
         try:
-            _check_size(os.stat(path).st_size, model, str(path))
-            data = Path(path).read_bytes()
+            with open(path, "rb") as file:  # a pipe or a device may have no end
+                data = file.read(_most_bytes(model) + 1)
         except OSError as error:
             _fail(f"cannot read {path}: {error.strerror}.", error)
         return cls.from_bytes(data, model, str(path))
@@ -322,11 +321,15 @@ def _checksum(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def _most_bytes(model) -> int:
+    return state_bytes(model) + HEADER_BYTES
+
+
 def _check_size(size: int, model, name: str) -> None:
-    if size > state_bytes(model) + HEADER_BYTES:
+    if size > _most_bytes(model):
         _fail(
             f"{name} must be a state of this model, {state_bytes(model)} bytes and a header, but "
-            f"has {size} bytes."
+            "is larger."
         )
 
 

@@ -165,12 +165,14 @@ def test_what_looks_like_a_command_is_text(talk, directory, monkeypatch):
 
 def test_mistakes_are_one_line_and_the_talk_goes_on(talk):
     typed = (
-        "/reset now\n/undo x\n/undo 0\n/save\n/load none.state\n/save none/a.state\n/params x=1\n"
+        f"/reset now\n/undo x\n/undo 0\n/undo {'9' * 5000}\n"
+        "/save\n/load none.state\n/save none/a.state\n/load ~/none.state\n/params x=1\n"
         "/params temp=hot\n/params temp\n\n/retry\na\n"
         '"""b\nc'
     )
     out, err = talk(typed, ["", "", "x"])
     assert out == "x\n"
+    home = os.path.expanduser("~")
     parameters = (
         "max_tokens, temp, top_p, min_p, top_k, xtc_probability, xtc_threshold, "
         "min_tokens_to_keep, seed"
@@ -179,9 +181,11 @@ def test_mistakes_are_one_line_and_the_talk_goes_on(talk):
         "error: /reset takes nothing behind it; a text begins with //reset.\n"
         "error: /undo takes a number of turns, from 1, but got 'x'.\n"
         "error: /undo takes a number of turns, from 1, but got '0'.\n"
+        "error: /undo takes a number of turns, from 1, but got '99999999999999999999'.\n"
         "error: /save needs a FILE.\n"
         "error: [State] cannot read none.state: No such file or directory.\n"
         "error: cannot write none/a.state: No such file or directory.\n"
+        f"error: [State] cannot read {home}/none.state: No such file or directory.\n"
         f"error: /params knows {parameters}, not 'x'.\n"
         "error: temp must be a number of at least 0 but got 'hot'.\n"
         "error: temp must be a number of at least 0 but got ''.\n"
