@@ -5,6 +5,8 @@ from pathlib import Path
 
 # On the CPU each newly compiled shape costs a run of the C++ compiler, about a second.
 os.environ["MLX_DISABLE_COMPILE"] = "1"
+# The newest GPUs would multiply float32 with 11 bits.
+os.environ["MLX_ENABLE_TF32"] = "0"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -150,6 +150,9 @@ def run(
     """
     if launch.threadgroup[0] * launch.threadgroup[1] * launch.threadgroup[2] > 1024:
         raise KernelFault(f"a threadgroup of {launch.threadgroup} threads; 1024 is the most")
+    bound = sum(not a.is_attribute for a in launch.arguments)
+    if bound > 31:
+        raise KernelFault(f"{bound} buffers; 31 is the most")
     program = build(launch, mode)
     buffers, copied = _buffers(launch, inputs, outputs, row_contiguous, init_value)
     request = struct.pack(

@@ -2,7 +2,7 @@
 
 `read` looks at the text alone, on any machine. `check` has clang, where there is one, compile the
 text as C++ for OpenCL, which knows address spaces, and has neither double nor function pointers.
-Threadgroups over 1,024 threads and over 32 KB of memory are faults of the run.
+Threadgroups over 1,024 threads, over 32 KB of memory and over 31 buffers are faults of the run.
 """
 
 import functools

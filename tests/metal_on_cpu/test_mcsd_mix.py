@@ -130,3 +130,12 @@ def test_a_mixer_trains(fusion, tokens, monkeypatch, N=35, D=60):
     for a, b in zip(got, run(), strict=True):
         assert a.dtype == b.dtype
         assert relative_error(np.array(a), np.array(b)) <= 1e-5
+
+
+def test_gradients_have_the_dtypes_of_their_arrays():
+    arrays = [mx.array(a) for a in inputs(5, 1, 1, 1)]
+    dtypes = [*[mx.float16] * 4, mx.float32, mx.float32, mx.int32, mx.bfloat16]
+    arrays = [a.astype(d) for a, d in zip(arrays, dtypes, strict=True)]
+    with executed(mode="captured"):
+        grads = mx.grad(lambda *a: mix(*a).sum(), argnums=[0, 1, 2, 3, 4, 5, 7])(*arrays)
+    assert [g.dtype for g in grads] == [d for d in dtypes if d != mx.int32]

@@ -255,6 +255,23 @@ def test_too_many_threads():
         launch(DOUBLE, threads=(64, 17, 1))
 
 
+def test_too_many_buffers():
+    names = [f"x{i}" for i in range(16)]
+    body = "y[0] = " + " + ".join(f"{x}[0] * {x}_strides[0]" for x in names) + ";"
+    with executed():
+        kernel = mx.fast.metal_kernel(
+            name="sample", input_names=names, output_names=["y"], source=body
+        )
+        with pytest.raises(KernelFault, match="33 buffers; 31 is the most"):
+            kernel(
+                inputs=[X] * 16,
+                grid=(1, 1, 1),
+                threadgroup=(1, 1, 1),
+                output_shapes=[(1,)],
+                output_dtypes=[mx.float32],
+            )
+
+
 def test_traffic_counts_bytes_and_lines():
     row = "uint i = thread_position_in_grid.x; y[i] = x[i] + x[0];"
     x = mx.ones((64,))
