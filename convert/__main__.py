@@ -70,6 +70,13 @@ def setup_arg_parser():
         "--allow-nonfinite", action="store_true", help="take weights that are NaN or infinite"
     )
     p.add_argument(
+        "--model-file",
+        action=BooleanOptionalAction,
+        default=True,
+        help="write the file that mlx-lm imports the model from with --trust-remote-code; an "
+        "mlx-lm that has models/mcsd.py needs neither (default: --model-file)",
+    )
+    p.add_argument(
         "--dry-run", action="store_true", help="print the plan, tensor by tensor, and write nothing"
     )
     p.add_argument(

@@ -57,7 +57,7 @@ def rename(names, rules, where):
         Two dictionaries: source name -> name in the layout, and source name -> why it is ignored.
 
     Raises:
-        MCSDError: rules that do not compile or take too long, or one that matches no name.
+        MCSDError: rules that do not compile or take too long.
     """
     names = list(names)
     pairs = [(rule["from"], rule.get("to", "")) for rule in rules]

@@ -37,6 +37,7 @@ def convert(
     name_map=None,
     config=(),
     allow_nonfinite=False,
+    model_file=True,
     dry_run=False,
     verification=None,
     upload_repo=None,
@@ -57,6 +58,8 @@ def convert(
         name_map: a JSON file of rules for a source with names of its own, see `naming`.
         config: "KEY=VALUE" texts, which go before `config.json`.
         allow_nonfinite: take weights that are NaN or infinite.
+        model_file: write the file that mlx-lm imports the model from, and name it in the config;
+            False is for an mlx-lm that has `mlx_lm/models/mcsd.py`.
         dry_run: plan everything, but read no weights and write nothing.
         verification: compare the result's logits with those of the source in PyTorch; None does
             where PyTorch is installed.
@@ -85,7 +88,13 @@ def convert(
     source = Checkpoint(hf_path)
     cast = dtype and getattr(mx, dtype)
     plan = make_plan(
-        source, dtype=cast, settings=settings, q_rules=q_rules, name_map=name_map, config=config
+        source,
+        dtype=cast,
+        settings=settings,
+        q_rules=q_rules,
+        name_map=name_map,
+        config=config,
+        model_file=model_file,
     )
     path = Path(hf_path)
     if path.is_dir():
@@ -104,9 +113,11 @@ def convert(
     options += ["--name-map", Path(name_map).name] if name_map is not None else []
     options += [word for text in config for word in ("--config", text)]
     options += ["--allow-nonfinite"] if allow_nonfinite else []
+    options += [] if model_file else ["--no-model-file"]
     with writing.directory(target) as out:
         save_config(plan.config, out / "config.json")
-        (out / writing.SHIM_NAME).write_text(writing.SHIM)
+        if model_file:
+            (out / writing.SHIM_NAME).write_text(writing.SHIM)
         copy(COPIED, source.directory, out)
         ids = add_tokenizer(source.directory, plan.args, out)
         write_weights(out, plan, Reader(source, cast, allow_nonfinite))
@@ -115,7 +126,8 @@ def convert(
         elif verification is None:
             report.plan.notes.append(f"Not verified: {verify.MISSING}.")
         found = report.verification.text() if report.verification else ""
-        card = writing.card(upload_repo or target.name, origin, shlex.join(options), found)
+        name = upload_repo or target.name
+        card = writing.card(name, origin, shlex.join(options), found, model_file)
         (out / "README.md").write_text(card)
     report.written = True
     if upload_repo is not None:

@@ -14,6 +14,9 @@ from .inference import complete
 from .mapping import Parameter, assign
 from .writing import SHIM_NAME
 
+# Of a source's config: where its code is, and where it was.
+NOT_KEPT = ("auto_map", "_name_or_path", "model_file")
+
 
 @dataclass
 class Plan:
@@ -51,6 +54,7 @@ def make_plan(
     q_rules=(),
     name_map=None,
     config=(),
+    model_file=True,
 ):
     """Return the plan of a conversion.
 
@@ -61,6 +65,7 @@ def make_plan(
         q_rules: see `quantization.choose`.
         name_map: a file of rules, see `naming`, or None.
         config: texts KEY=VALUE.
+        model_file: name the file in `config.json` that mlx-lm imports the model from.
 
     Raises:
         MCSDError: for whatever does not fit.
@@ -81,8 +86,9 @@ def make_plan(
         parameter.dtype = dtype
     embedding = next(p for p in parameters if p.name == "model.embed_tokens.weight")
     stored = str(embedding.dtype).removeprefix("mlx.core.")
-    whole = {k: v for k, v in whole.items() if k not in ("auto_map", "_name_or_path")}
-    whole |= {"dtype": stored, "torch_dtype": stored, "model_file": SHIM_NAME}
+    whole = {k: v for k, v in whole.items() if k not in NOT_KEPT}
+    whole |= {"dtype": stored, "torch_dtype": stored}
+    whole |= {"model_file": SHIM_NAME} if model_file else {}
     if settings:
         chosen, entry, lines = quantization.choose(model, settings, q_rules)
         for parameter in parameters:

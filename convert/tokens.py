@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from mlx_mcsd.errors import MCSDError
 from mlx_mcsd.loading import load_tokenizer, read_json
 from mlx_mcsd.tokenizer import SAMPLES, save_tokenizer
 
+from . import trial
 from .locate import own
 
 FILES = (
@@ -93,10 +93,11 @@ def compare(directory):
     Raises:
         MCSDError: if it does not load.
     """
+    read_json(directory / "tokenizer.json")
+    trial.check((directory / "tokenizer.json").read_bytes(), SAMPLES)
     loaded = load_tokenizer(directory)
     written = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    vocabulary = np.random.default_rng(0).integers(0, written.get_vocab_size(), 100).tolist()
-    own_words = written.decode(vocabulary)
+    own_words = trial.own_words(written)
     special = [t.content for t in written.get_added_tokens_decoder().values() if t.special]
     # Those that only tokenizer_config.json knows are added on loading, and found in texts then.
     added = set(loaded.all_special_tokens).difference(special)

@@ -36,11 +36,11 @@ An MCSD language model in MLX format, converted from `{origin}` with
     pip install mlx-mcsd
     python -m mlx_mcsd.generate --model {name} --prompt "Once upon a time"
 
-The commands of mlx-lm run it as well, with `--trust-remote-code`.
+The commands of mlx-lm run it as well, {how}.
 """
 
 
-def card(name, origin, options, verification=""):
+def card(name, origin, options, verification="", model_file=True):
     """The README.md of a converted model.
 
     Args:
@@ -48,9 +48,11 @@ def card(name, origin, options, verification=""):
         origin: what it calls the source.
         options: the command's options.
         verification: a sentence on how the result was compared with the source, or nothing.
+        model_file: whether it has the file that mlx-lm imports the model from.
     """
+    how = "with `--trust-remote-code`" if model_file else "where mlx-lm has `models/mcsd.py`"
     paragraph = f"{verification}\n\n" if verification else ""
-    return CARD.format(name=name, origin=origin, options=options, verification=paragraph)
+    return CARD.format(name=name, origin=origin, options=options, verification=paragraph, how=how)
 
 
 def new_directory(path, flag):

@@ -31,6 +31,22 @@ BREAK, REMOVED = "\ufff0", "\ufff1"
 FIRST_STAND_IN, STAND_INS = 0x10F000, 0xF00
 # Each costs a search of the text.
 MOST_RULES = 256
+# Far above what trainers make; the work on a piece grows with its square.
+LONGEST_PIECE = 2000
+
+
+def check(spec):
+    """Refuse what SentencePiece takes but no trainer writes.
+
+    Raises:
+        ValueError: saying what.
+    """
+    special = [getattr(spec.trainer_spec, f"{kind}_piece") for kind in ("unk", "bos", "eos", "pad")]
+    for text in (*special, *(p.piece for p in spec.pieces)):
+        if not isinstance(text, str):  # the parser gives bytes for what is no UTF-8
+            raise ValueError("a piece is no text")
+        if len(text) > LONGEST_PIECE:
+            raise ValueError(f"a piece has {len(text)} characters")
 
 
 def build(spec, *, bos=True, eos=False):
@@ -117,7 +133,7 @@ def _bpe(spec, ignore_merges):
 def _unigram(spec):
     """Pieces with their scores; an unknown one has the least less ten, in both libraries."""
     unknown = next((i for i, p in enumerate(spec.pieces) if p.type == p.UNKNOWN), None)
-    least = min(p.score for p in spec.pieces if p.type == p.NORMAL)
+    least = min((p.score for p in spec.pieces if p.type == p.NORMAL), default=0.0)
     scores = [
         (p.piece, p.score if p.type in (p.NORMAL, p.USER_DEFINED) else least) for p in spec.pieces
     ]

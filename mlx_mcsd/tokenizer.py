@@ -95,8 +95,10 @@ def _specification(proto):
     """The parsed model, if SentencePiece itself takes it."""
     try:
         sentencepiece.SentencePieceProcessor(model_proto=proto)
-        return sentencepiece_model_pb2.ModelProto.FromString(proto)
-    except (RuntimeError, DecodeError) as error:
+        spec = sentencepiece_model_pb2.ModelProto.FromString(proto)
+        spm.check(spec)
+        return spec
+    except (RuntimeError, DecodeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise MCSDError(
             f"[tokenizer] tokenizer.model must be a SentencePiece model but is none: {reason}"

@@ -16,6 +16,7 @@ import pytest
 import models
 import oracle
 import tiny
+from mlx_mcsd.convert.pipeline import convert
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "mlx_lm_model.py"
 
@@ -103,7 +104,7 @@ assert "mlx_mcsd" not in sys.modules
 
 
 def test_at_home_in_mlx_lm(text, tmp_path):
-    """In a copy of mlx-lm, no code trusted: generate, quantize, fine-tune, and generate again."""
+    """A converted model in a copy of mlx-lm, no code trusted: every kind of command."""
     shutil.copytree(
         Path(mlx_lm.__file__).parent,
         tmp_path / "site" / "mlx_lm",
@@ -111,9 +112,10 @@ def test_at_home_in_mlx_lm(text, tmp_path):
     )
     (tmp_path / "site" / "mlx_lm" / "models" / "mcsd.py").write_text(text, encoding="utf-8")
     widths = {"hidden_size": 64, "intermediate_size": 64, "num_channels": 2}
-    source, small, data = (str(tmp_path / name) for name in ("source", "small", "data"))
+    source, small, data = (str(tmp_path / name) for name in ("converted", "small", "data"))
     tiny.write_model(tmp_path / "source", **widths)
     tiny.write_tokenizer(tmp_path / "source", eos_token="</s>")
+    convert(tmp_path / "source", source, model_file=False, verification=False)
     (tmp_path / "data").mkdir()
     for name in ("train", "valid"):
         lines = "\n".join(json.dumps({"text": f"a b {x}"}) for x in ("a", "b", "ab"))

@@ -189,6 +189,19 @@ def damaged_map(spec):
     spec.normalizer_spec.precompiled_charsmap = spec.normalizer_spec.precompiled_charsmap[:-60_000]
 
 
+def endless(spec):
+    spec.pieces[-1].piece = "x" * 3000
+
+
+def no_text(proto):
+    """A piece whose letters are no UTF-8, which SentencePiece does not mind."""
+    return proto.replace(b"QQQQ", b"Q\xff\xffQ")
+
+
+def marked(spec):
+    spec.pieces[-1].piece = "QQQQ"
+
+
 @pytest.mark.parametrize(
     "proto, complaint",
     [
@@ -200,8 +213,10 @@ def damaged_map(spec):
             lambda: tiny.train_spm(damaged_map),
             "normaliser|must be a SentencePiece",
         ),
+        (lambda: no_text(tiny.train_spm(marked)), "a piece is no text"),
+        (lambda: tiny.train_spm(endless), "a piece has 3000 characters"),
     ],
-    ids=["empty", "junk", "words", "unused", "damaged map"],
+    ids=["empty", "junk", "words", "unused", "damaged map", "no text", "endless"],
 )
 def test_refused(proto, complaint):
     with pytest.raises(MCSDError, match=complaint):

@@ -79,6 +79,17 @@ def test_files(source, target):
     assert str(source.parent) not in card
 
 
+def test_without_a_model_file(source, target):
+    """For an mlx-lm that has the model: nothing to import from, and the card says so."""
+    edit_json(source / "config.json", model_file="evil.py")
+    convert(source, target, "--no-model-file")
+    assert not list(target.glob("*.py"))
+    assert "model_file" not in json.loads((target / "config.json").read_text())
+    card = (target / "README.md").read_text()
+    assert "--no-model-file" in card and "trust-remote-code" not in card
+    load(target)
+
+
 TEXT = "a dog ran.\n\n  Then it slept."
 
 

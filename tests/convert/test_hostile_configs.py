@@ -18,6 +18,20 @@ def settings(**changes):
     return lambda source: edit_json(source / "tokenizer_config.json", **changes)
 
 
+def part(key, **content):
+    """Put a component into the tokenizer."""
+    return lambda source: edit_json(source / "tokenizer.json", **{key: content})
+
+
+def growing(kind, chain):
+    """Steps of which each makes ten thousand letters of one."""
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10_000}
+    return part(kind, type="Sequence", **{chain: [step] * 4})
+
+
+START = {"SpecialToken": {"id": "<nobody>", "type_id": 0}}
+
+
 def generation(content):
     """Write the settings of generation."""
     text = content if isinstance(content, str) else json.dumps(content)
@@ -69,6 +83,24 @@ REFUSED = {
     "tokenizer of many values": lambda s: (s / "tokenizer.json").write_text(
         '{"a": [' + "0," * 5_000_000 + "0]}"
     ),
+    "tokenizer that pads": part(
+        "padding",
+        strategy={"Fixed": 2 * 10**9},
+        direction="Right",
+        pad_to_multiple_of=None,
+        pad_id=0,
+        pad_type_id=0,
+        pad_token="<unk>",
+    ),
+    "tokenizer that panics": part(
+        "post_processor", type="TemplateProcessing", single=[START], pair=[], special_tokens={}
+    ),
+    "tokenizer of no words": part("model", type="WordLevel", vocab={}, unk_token="x"),
+    "tokenizer with a map of nothing": part(
+        "normalizer", type="Precompiled", precompiled_charsmap="AAAAAA=="
+    ),
+    "tokenizer that grows": growing("normalizer", "normalizers"),
+    "tokenizer whose words grow": growing("decoder", "decoders"),
     "end of text a word": generation({"eos_token_id": "x"}),
     "end of text a table": generation({"eos_token_id": {"a": 1}}),
     "end of text nested": generation({"eos_token_id": [[1]]}),

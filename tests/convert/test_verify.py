@@ -241,3 +241,37 @@ def test_without_torch(converted, monkeypatch):
     assert not verify.available()
     with pytest.raises(MCSDError, match="pip install"):
         compare(source, target)
+
+
+def test_what_torch_refuses(tmp_path, source, target):
+    """Pickles of protocol 4 are read and compared, and it is said that torch does not."""
+    convert(source, target, verification=False)
+    arrays = mx.load(str(source / "model.safetensors")).items()
+    weights = {name: torch.from_numpy(np.array(array)) for name, array in arrays}
+    torch.save(weights, file := source / "pytorch_model.bin", pickle_protocol=4)
+    (source / "model.safetensors").unlink()
+    found = compare(source, target)
+    assert found.unread == file.name and file.name in found.text()
+    weights["model.norm.weight"] *= 1.01
+    torch.save(weights, file, pickle_protocol=4)
+    with pytest.raises(MCSDError, match="must be the source's"):
+        compare(source, target)
+
+
+def test_one_legacy_file_at_a_time(source, monkeypatch):
+    """What torch cannot leave on the disk is let go of before the next file is read."""
+    arrays = mx.load(str(source / "model.safetensors"))
+    (source / "model.safetensors").unlink()
+    names = sorted(arrays)
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        torch.save(
+            {name: torch.from_numpy(np.array(arrays[name])) for name in part},
+            source / f"pytorch_model-0000{number}-of-00002.bin",
+            _use_new_zipfile_serialization=False,
+        )
+    checkpoint = Checkpoint(source)
+    args = ModelArgs.from_dict(checkpoint.config)
+    opened = verify.Source(checkpoint, {name: name for name in names}, args)
+    for name in names:
+        assert np.array_equal(opened.tensor(name), np.array(arrays[name]))
+        assert len(opened.opened) == 1
