@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     if interrupts.asked:
         print(f"Interrupted: the same command goes on from {part}.", file=sys.stderr)
         raise KeyboardInterrupt
-    if not known(state):
+    if not (source.bytes and known(state)):  # the token that begins a text is none of it
         raise MCSDError("the text must not be empty but holds no tokens.")
     state.save(args.save, command)
     part.unlink(missing_ok=True)

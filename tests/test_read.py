@@ -249,6 +249,9 @@ def test_no_text_is_one_line(tmp_path, capsys, run, monkeypatch):
     (tmp_path / "empty").write_text("")
     code, _, err = run(tmp_path / "empty", "--save", tmp_path / "a", "--model", tmp_path / "plain")
     assert (code, err) == (1, "error: the text must not be empty but holds no tokens.\n")
+    code, _, err = run(tmp_path / "empty", "--save", tmp_path / "a")  # <s> is no text
+    assert (code, err) == (1, "error: the text must not be empty but holds no tokens.\n")
+    assert not (tmp_path / "a").exists()
     monkeypatch.setattr(sys, "stdin", None)
     code, _, err = run("-", "--save", tmp_path / "a")
     assert (code, err) == (1, "error: - needs standard input but it is closed.\n")
