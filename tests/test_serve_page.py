@@ -172,6 +172,8 @@ def test_a_state_is_downloaded_and_opened_again(page, running, tmp_path):
     body = {"prompt": "then", "session": opened["id"], "temperature": 0}
     _, answer = serving.ask(server, "POST", "/v1/completions", body)
     assert say(page, "then") == answer["choices"][0]["text"].strip()
+    told = re.search(r"remembered (\d+)", page.locator("#line").inner_text())
+    assert int(told[1]) >= opened["base_tokens"]
 
     (tmp_path / "bad.state").write_bytes(b"PK\x03\x04")
     page.locator("#file").set_input_files(tmp_path / "bad.state")

@@ -16,7 +16,7 @@ from .. import __version__
 from ..state import state_bytes
 from .engine import Engine, Job
 from .http import Handler
-from .prompts import Prompts
+from .prompts import Prompts, length
 from .protocol import APIError, Call, Limits, parse_call, parse_json
 from .responses import Reply, usage
 from .sessions import Sessions
@@ -145,7 +145,7 @@ class AppHandler(Handler):
             "state_bytes": state_bytes(engine.model),
             "state_is_constant": state_bytes(engine.model) == state_bytes(engine.model, 2**20),
             "has_chat_template": engine.tokenizer.has_chat_template,
-            "base_tokens": engine.base.snapshot.tokens_seen,
+            "base_tokens": length(engine.base.snapshot),
         }
 
     started = int(time.time())
