@@ -139,3 +139,39 @@ def test_gradients_have_the_dtypes_of_their_arrays():
     with executed(mode="captured"):
         grads = mx.grad(lambda *a: mix(*a).sum(), argnums=[0, 1, 2, 3, 4, 5, 7])(*arrays)
     assert [g.dtype for g in grads] == [d for d in dtypes if d != mx.int32]
+
+
+def test_another_eps(eps=1e-2):
+    """The norm's own, not the usual one: in the sequence, its gradient and the step."""
+    *arrays, n, gain = inputs(3, 2, 20, 1)
+    options = dict(beta=slopes(2), eps=eps)
+    later = [mx.array(a) for a in (*arrays, n + 1, gain)]
+    tokens, states = [a[:, :1] for a in later[:4]], [a[:, 0] for a in later[4:6]]
+
+    def loss(H):
+        return kernels.mcsd_mix(*later[:5], H, *later[6:], **options)
+
+    with executed():
+        (theta,), (dH,) = mx.vjp(loss, [later[5]], [mx.ones((1, 3, 40))])
+        step = kernels.mcsd_step(
+            *tokens, *states, later[6][:, 0], later[7], alpha=(0.9, 0.99), **options
+        )
+    numbers = (*arrays, n + 1, gain)
+    assert relative_error(np.array(theta), references.mix(*numbers, eps=eps)) <= 2e-6
+    assert np.array_equal(step[0][:, 0], theta[:, 0])
+    want = references.mix_grad(np.ones((1, 3, 40)), *numbers, eps=eps)[5]
+    assert relative_error(np.array(dH), want) <= 2e-6
+
+
+@pytest.mark.parametrize("N, launched", [(1, []), (3, ["mlx_mcsd_decay_scan"] * 2)])
+@pytest.mark.parametrize("section", ["slope", "decay"])
+def test_other_sections_run_only_the_scan(section, N, launched):
+    """The block's own kernels know a slope beside a decay, and nothing else."""
+    mixer = MCSD(ModelArgs(
+        model_type="mcsd", vocab_size=16, hidden_size=12, num_channels=3, num_hidden_layers=1,
+        intermediate_size=8, sections=[section] * 2,
+    ))  # fmt: skip
+    mixer.eval()
+    with executed(mode="captured") as calls:
+        mx.eval(mixer(mx.ones((1, N, 12))))
+    assert [c.launch.name for c in calls] == launched

@@ -140,3 +140,26 @@ def test_training_stays_differentiable():
     names = [c.launch.name.removeprefix("mlx_mcsd_") for c in calls]
     assert names == ["mcsd_mix", "mcsd_mix_grad"]
     assert np.any(np.array(grad))
+
+
+def test_a_mixer_decodes_with_flags(D=12):
+    """A row without a token keeps its state; one that begins a document forgets it; eps counts."""
+    mx.random.seed(0)
+    args = ModelArgs(
+        model_type="mcsd", vocab_size=16, hidden_size=D, num_channels=3, num_hidden_layers=1,
+        intermediate_size=8, rms_norm_eps=1e-2,
+    )  # fmt: skip
+    mixer = MCSD(args)
+    mixer.eval()
+    x = mx.random.normal((3, 2, D))
+    _, state = mixer(x[:, :1])
+    mask, reset = mx.array([[True], [False], [True]]), mx.array([[False], [False], [True]])
+    want, last = mixer(x[:, 1:], state, mask, reset)
+    with executed():
+        got, after = mixer(x[:, 1:], state, mask, reset)
+    rows = [0, 2]
+    assert relative_error(np.array(got)[rows], np.array(want)[rows]) <= 1e-5
+    for g, w in zip(after, last, strict=True):
+        assert relative_error(np.array(g), np.array(w)) <= 1e-5
+    for g, before in zip(after, state, strict=True):
+        assert np.array_equal(g[1], before[1])
