@@ -123,13 +123,11 @@ def stream_generate(
 
 def _stop_before(state: State, tokenizer, text: TextStream, marks) -> None:
     """Bring the state to the end of the text shown, before the stop string."""
-    key = state.random_key
     length, mark = next(
         (length, mark)
         for length, mark in reversed(marks)
         if length <= text.shown and not (mark.tail and length)
     )
     state.restore(mark)
-    state.random_key = key
     if rest := text.text[length : text.shown]:  # a stop string began inside a token
         state.pending += tuple(tokenizer.encode(rest, add_special_tokens=False))

@@ -385,3 +385,12 @@ def test_a_state_of_another_model_is_refused(state):
     for other in (make_model(seed=1), make_model(rms_norm_eps=1e-5)):
         with pytest.raises(MCSDError, match="config or weights differ"):
             State.from_bytes(state.to_bytes(), other)
+
+
+def test_a_reader_of_the_old_file_keeps_it_while_a_new_one_is_saved(state, tmp_path):
+    file, old = tmp_path / "a.state", tmp_path / "old.state"
+    state.save(file)
+    os.link(file, old)  # as whoever has it open sees it
+    state.save(file, "another command")
+    assert State.load(old, state.model).command == ""
+    assert State.load(file, state.model).command == "another command"
