@@ -226,6 +226,13 @@ def test_a_block_that_fits_is_not_refused(elsewhere):
         mx.export_function([].append, lambda U, N=N: block(N=N, U=U), mx.zeros((2, N, 3, 5)))
 
 
+@pytest.mark.parametrize("Dc, threads", [(1, 32), (256, 64), (5000, 512)])
+def test_threads_of_a_step(elsewhere, Dc, threads):
+    """However wide a channel, its threadgroup is one that every GPU has registers for."""
+    (found,) = launches(lambda U: block(Dc=Dc, U=U)[0], mx.zeros((2, 1, 3, Dc)))
+    assert found[1:3] == ((threads, 3, 2), (threads, 1, 1))
+
+
 def test_a_block_of_no_rows():
     for N in (1, 2):
         theta = block(B=0, N=N)[0] if N == 1 else block(B=0, N=N)
