@@ -5,7 +5,6 @@ within; a process can.
 """
 
 import json
-import re
 import subprocess
 import sys
 
@@ -18,6 +17,12 @@ LONGEST = 500
 SCRIPT = """
 import json, re, sys
 rules, names = json.load(sys.stdin)
+for rule, (pattern, template) in enumerate(rules):
+    try:
+        re.sub(pattern, template, "")  # the template is parsed even where nothing matches
+    except (re.error, IndexError, RecursionError, OverflowError) as error:
+        json.dump({"rule": rule, "error": str(error)}, sys.stdout)
+        sys.exit()
 rules = [(re.compile(pattern), template) for pattern, template in rules]
 def first(name):
     for rule, (pattern, template) in enumerate(rules):
@@ -44,19 +49,11 @@ def first_matches(rules, names, where):
                 f"[convert] {where}: rules and names must have at most {LONGEST} characters but "
                 f"{text[:40]!r}... has {len(text)}."
             )
-    for pattern, template in rules:
-        try:
-            re.sub(pattern, template, "")  # the template is parsed even where nothing matches
-        except (re.error, IndexError, RecursionError, OverflowError) as error:
-            raise MCSDError(
-                f"[convert] {where}: {pattern!r} -> {template!r} must be a regular expression and "
-                f"its replacement but: {error}."
-            ) from None
     if not rules:
         return [None] * len(names)
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", SCRIPT],
+            [sys.executable, "-I", "-S", "-W", "ignore", "-c", SCRIPT],
             input=json.dumps([rules, names]),
             capture_output=True,
             text=True,
@@ -68,4 +65,11 @@ def first_matches(rules, names, where):
             f"[convert] {where}: matching must take less than {SECONDS} s but takes longer; avoid "
             "repeats inside repeats, as in (a+)+."
         ) from None
-    return json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    if isinstance(found, dict):
+        pattern, template = rules[found["rule"]]
+        raise MCSDError(
+            f"[convert] {where}: {pattern!r} -> {template!r} must be a regular expression and its "
+            f"replacement but: {found['error']}."
+        )
+    return found

@@ -16,6 +16,10 @@ PACKED = {
 }
 
 
+ROWS = 1024
+"""Of a matrix that are worked on at a time: an embedding may be the largest part of a model."""
+
+
 class Result:
     """What a directory holds, stacked or packed or as it is; read one tensor at a time.
 
@@ -56,13 +60,16 @@ class Result:
     def read(self, name):
         """A tensor as it is stored, or unpacked to float32."""
         if self.dtype(name) is None:
-            return self.unpacked(name)[0]
+            return mx.concatenate([weight for weight, _ in self.unpacked(name)])
         stored, index, count = self.places[name]
         tensor = mx.load(str(self.homes[stored]))[stored]  # anew, to let go of what is read
         return mx.split(tensor, count, axis=-2)[index] if count > 1 else tensor
 
     def unpacked(self, name):
-        """A packed tensor's numbers and the largest errors that packing may have made, float32."""
+        """Yield a packed tensor's numbers and the largest errors that packing may have made.
+
+        Both float32, `ROWS` of its rows at a time.
+        """
         stored, index, count = self.places[name]
         path = stored.removesuffix(".weight")
         entry = self.settings.get(path)
@@ -70,21 +77,30 @@ class Result:
         mode = settings.get("mode", "affine")
         group = settings["group_size"]
         arrays = mx.load(str(self.homes[stored]))
-        scales, biases = (arrays.get(f"{path}.{kind}") for kind in ("scales", "biases"))
-        half = scales.dtype == mx.float16
-        if mode == "affine":  # in float32, or the sum of bias and step would be rounded once more
-            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        options = {"group_size": group, "bits": settings["bits"], "mode": mode}
-        weight = mx.dequantize(arrays[stored], scales, biases, **options).astype(mx.float32)
-        grouped = mx.unflatten(weight, -1, (-1, group))
-        largest = mx.abs(grouped).max(axis=-1, keepdims=True)
-        if mode == "affine":
-            # A whole step, since the end of a group may be cut off, and what rounding its scale and
-            # bias to half precision adds.
-            digit = 2.0 ** (settings["bits"] - 24)
-            allowed = mx.abs(scales)[..., None] + largest * 2.0**-6 + digit * half
-        else:
-            part, alone = PACKED[mode]
-            allowed = largest * part + alone
-        allowed = mx.flatten(mx.broadcast_to(allowed, grouped.shape), -2)
-        return [mx.split(array, count, axis=-2)[index] for array in (weight, allowed)]
+        arrays = [arrays.get(f"{path}.{kind}") for kind in ("weight", "scales", "biases")]
+        n = arrays[0].shape[-2] // count
+        part = [x if x is None else x[..., index * n : (index + 1) * n, :] for x in arrays]
+        for start in range(0, part[0].shape[0], ROWS):
+            block = [x if x is None else x[start : start + ROWS] for x in part]
+            yield unpack(*block, group, settings["bits"], mode)
+
+
+def unpack(weight, scales, biases, group, bits, mode):
+    """Return packed numbers and the largest errors that packing may have made, both float32."""
+    half = scales.dtype == mx.float16
+    if mode == "affine":  # in float32, or the sum of bias and step would be rounded once more
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    options = {"group_size": group, "bits": bits, "mode": mode}
+    weight = mx.dequantize(weight, scales, biases, **options).astype(mx.float32)
+    grouped = mx.unflatten(weight, -1, (-1, group))
+    largest = mx.abs(grouped).max(axis=-1, keepdims=True)
+    if mode == "affine":
+        # A whole step, since the end of a group may be cut off, and what rounding its scale and
+        # bias to half precision adds.
+        digit = 2.0 ** (bits - 24)
+        allowed = mx.abs(scales)[..., None] + largest * 2.0**-6 + digit * half
+    else:
+        part, alone = PACKED[mode]
+        allowed = largest * part + alone
+    allowed = mx.flatten(mx.broadcast_to(allowed, grouped.shape), -2)
+    return weight, allowed

@@ -7,7 +7,7 @@ rounded by torch to the type that was stored. A packed weight has no rounding of
 with: the reference then gets what is on the disk, unpacked, and every number of it must lie within
 a step of the source's. What rounding and packing do to the logits is measured apart from that.
 
-One layer is in memory at a time, on each side.
+One layer is in memory at a time, on each side, and a few rows of the embedding and of the head.
 """
 
 import re
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from mlx_mcsd.errors import MCSDError
 from mlx_mcsd.loading import load_model
 
-from .result import Result
+from .result import ROWS, Result
 
 TOLERANCE = 1e-5
 """Of the largest logit, for every 12 layers: the rounding errors of float32 add up with depth."""
@@ -32,8 +32,7 @@ TOLERANCE = 1e-5
 TOKENS, FEW_TOKENS, LARGE = 72, 16, 10**8
 """A row, of two: enough for a second chunk; few for models of so many numbers, or it takes long."""
 
-ROWS = 4096
-"""That are compared at a time: an embedding may be the largest part of a model."""
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 MISSING = "PyTorch and transformers are not installed (pip install 'mlx-mcsd[convert]')"
 
@@ -132,12 +131,12 @@ def verify(out, checkpoint, names, args, ids=(), source_ids=None):
     rows = [random.copy(), random]
     for row, given in zip(rows, (ids, ids if source_ids is None else source_ids), strict=True):
         row[0, : min(len(given), N)] = list(given)[:N]
-    logits = run(out, rows[0])
-    wanted = reference(stored.tensor, args, rows[1])
+    logits = run(out, result, rows[0])
+    wanted = reference(stored.blocks, args, rows[1])
     tolerance = TOLERANCE * max(1, args.num_hidden_layers / 12)
     found = Verification(2 * N, difference(logits, wanted), tolerance)
     if stored.changed:
-        exact = reference(source.tensor, args, rows[1])
+        exact = reference(source.blocks, args, rows[1])
         found.effect = difference(logits, exact)
         found.agreement = float((logits.argmax(-1) == exact.argmax(-1)).mean())
         found.step = stored.step
@@ -165,7 +164,7 @@ class Source:
 
     def __init__(self, checkpoint, names, args):
         self.checkpoint, self.args = checkpoint, args
-        self.opened, self.held, self.refused = {}, None, []
+        self.file, self.opened, self.refused = None, None, []
         self.places = {}
         for name, target in names.items():
             match = re.fullmatch(r"(.*)\.(\w+)_proj\.weight", target)
@@ -181,32 +180,29 @@ class Source:
     def open(self, file):
         """A file as the library that wrote it reads it: a safetensors handle, or a tree of tensors.
 
-        None where torch refuses it, as it does pickles of protocols 4 and 5. What cannot stay on
-        the disk until it is used is in memory one file at a time.
+        None where torch refuses it, as it does pickles of protocols 4 and 5. One file is open at a
+        time: what has been read of one stays in memory, mapped, as long as it is.
         """
-        if file in self.opened:
-            return self.opened[file]
+        if file == self.file:
+            return self.opened
         import torch
 
-        on_disk = file.suffix == ".safetensors" or is_zip(file)
-        if not on_disk and self.held:
-            del self.opened[self.held]
+        self.file, self.opened = file, None
         try:
             if file.suffix == ".safetensors":
-                opened = safe_open(file, "pt")
+                self.opened = safe_open(file, "pt")
             else:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of a pickle that torch does not write itself
-                    opened = torch.load(file, map_location="cpu", weights_only=True, mmap=on_disk)
+                    self.opened = torch.load(
+                        file, map_location="cpu", weights_only=True, mmap=is_zip(file)
+                    )
         except REFUSALS:
-            opened = None
             self.refused.append(file.name)
-        self.opened[file] = opened
-        self.held = self.held if on_disk else file
-        return opened
+        return self.opened
 
-    def tensor(self, name):
-        """One tensor of the layout."""
+    def blocks(self, name):
+        """Yield one tensor of the layout, `ROWS` of its rows at a time."""
         stored, index, count = self.places[name]
         reader, path = self.checkpoint._homes[stored]
         value = self.open(reader.file)
@@ -217,7 +213,7 @@ class Source:
         else:
             for key in path:
                 value = value[key]
-        value = value.detach().float()
+        value = value.detach()
         if count > 1:
             value = value.chunk(count, dim=-2)[index]
         C = self.args.num_channels
@@ -225,13 +221,17 @@ class Source:
         if per_channel and value.ndim == 2:  # the blocks on the diagonal of a D x D matrix
             Dc = len(value) // C
             value = value.reshape(C, Dc, C, Dc).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        return value.contiguous()
+        for block in value.split(ROWS):  # of what is mapped: read here
+            yield block.float().contiguous()
 
     def own(self, name):
-        """A tensor as the converter's own reader has it."""
+        """A tensor as the converter's own reader has it, in the stored type."""
         import torch
 
-        return torch.from_numpy(np.array(self.checkpoint.load(name).astype(mx.float32)))
+        values = np.require(self.checkpoint.values(name), requirements="W")
+        if self.checkpoint.tensors[name][0] == "BF16":  # read as its bits
+            return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(values)
 
 
 def is_zip(file):
@@ -252,24 +252,26 @@ class Stored:
         self.source, self.result = source, result
         self.changed, self.step = False, None
 
-    def tensor(self, name):
-        """One tensor of the layout, float32 in torch."""
+    def blocks(self, name):
+        """Yield one tensor of the layout, `ROWS` of its rows at a time, float32 in torch."""
         import torch
 
-        value = self.source.tensor(name)
         if dtype := self.result.dtype(name):
-            rounded = value.to(getattr(torch, str(dtype).removeprefix("mlx.core."))).float()
-            self.changed |= any(
-                not torch.equal(a.nan_to_num(), b.nan_to_num())
-                for a, b in zip(rounded.split(ROWS), value.split(ROWS), strict=True)
-            )
-            return rounded
+            dtype = getattr(torch, str(dtype).removeprefix("mlx.core."))
+            for block in self.source.blocks(name):
+                rounded = block.to(dtype).float()
+                self.changed |= not torch.equal(rounded.nan_to_num(), block.nan_to_num())
+                yield rounded
+            return
         self.changed = True
-        packed, allowed = (torch.from_numpy(np.array(x)) for x in self.result.unpacked(name))
         step = 0.0
-        for a, b, most in zip(*(x.split(ROWS) for x in (packed, value, allowed)), strict=True):
-            error = (a - b).abs()
-            step = max(step, float((error / most.clamp(min=1e-30)).where(error > 0, 0.0).max()))
+        pairs = zip(self.source.blocks(name), self.result.unpacked(name), strict=True)
+        for block, arrays in pairs:
+            packed, allowed = (torch.from_numpy(np.array(array)) for array in arrays)
+            error = (packed - block).abs()
+            relative = (error / allowed.clamp(min=1e-30)).where(error > 0, 0.0)
+            step = max(step, float(relative.max()))
+            yield packed
         if not step <= 1:
             raise MCSDError(
                 "[verify] every quantized weight must lie within a step of the source's but one of "
@@ -277,11 +279,10 @@ class Stored:
                 "Quantize it otherwise, or leave it float, by a --q-rule."
             )
         self.step = max(self.step or 0.0, step)
-        return packed
 
 
-def reference(tensor, args, ids):
-    """Logits (B, N, K) of ids (B, N), by the PyTorch reference with weights from `tensor(name)`."""
+def reference(blocks, args, ids):
+    """Logits (B, N, K) of ids (B, N), by the PyTorch reference with weights from `blocks(name)`."""
     import torch
     from torch.nn.functional import linear
 
@@ -289,28 +290,55 @@ def reference(tensor, args, ids):
     from .reference.modeling_mcsd import MCSDLayer, MCSDRMSNorm
 
     config = MCSDConfig(**{k: v for k, v in asdict(args).items() if k != "model_type"})
+
+    def tensor(name):
+        return torch.cat(list(blocks(name)))
+
+    ids = torch.from_numpy(ids)
     with torch.no_grad():
-        x = tensor("model.embed_tokens.weight")[torch.from_numpy(ids)]  # (B, N, D)
+        x = torch.empty(*ids.shape, args.hidden_size)  # (B, N, D)
+        start = 0
+        for block in blocks(EMBEDDING):
+            here = (start <= ids) & (ids < start + len(block))
+            x[here] = block[ids[here] - start]
+            start += len(block)
         for i in tqdm(range(args.num_hidden_layers), "comparing", unit="layer", disable=None):
             with torch.device("meta"):
                 layer = MCSDLayer(config).eval()
             weights = {name: tensor(f"model.layers.{i}.{name}") for name in layer.state_dict()}
             layer.load_state_dict(weights, assign=True)
             x, _ = layer(x)
+            del layer, weights
         norm = MCSDRMSNorm(args.hidden_size, args.rms_norm_eps)
         norm.load_state_dict({"weight": tensor("model.norm.weight")})
-        name = "model.embed_tokens.weight" if args.tie_word_embeddings else "lm_head.weight"
-        return linear(norm(x), tensor(name)).numpy()
+        x = norm(x)
+        head = EMBEDDING if args.tie_word_embeddings else HEAD
+        return torch.cat([linear(x, block) for block in blocks(head)], dim=-1).numpy()
 
 
-def run(out, ids):
+def run(out, result, ids):
     """Logits (B, N, K) of ids (B, N), by the MLX model in a directory; a used layer is let go."""
     model = load_model(out, lazy=True, dtype=mx.float32)
     backbone = model.model
-    x = backbone.embed_tokens(mx.array(ids))
+    embed = backbone.embed_tokens
+    if result.dtype(EMBEDDING):  # as stored: the rows that are used become float32
+        embed.weight = result.read(EMBEDDING)
+    x = embed(mx.array(ids)).astype(mx.float32)
+    mx.eval(x)
+    tied = model.args.tie_word_embeddings
+    if not tied:
+        del embed, backbone.embed_tokens
     while backbone.layers:
         x = backbone.layers.pop(0)(x)
         mx.eval(x)
         mx.clear_cache()
-    tied = model.args.tie_word_embeddings
-    return np.array((backbone.embed_tokens.as_linear if tied else model.lm_head)(backbone.norm(x)))
+    x = backbone.norm(x)
+    name, head = (EMBEDDING, embed) if tied else (HEAD, model.lm_head)
+    product = head.as_linear if tied else head
+    if result.dtype(name) is None:
+        return np.array(product(x))
+    weight, logits = result.read(name), []
+    for start in range(0, weight.shape[0], ROWS):
+        head.weight = weight[start : start + ROWS].astype(mx.float32)
+        logits.append(np.array(product(x)))
+    return np.concatenate(logits, axis=-1)

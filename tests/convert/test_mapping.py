@@ -242,5 +242,8 @@ def test_rules_that_would_take_forever(monkeypatch):
     monkeypatch.setattr(matching, "SECONDS", 0.5)
     with pytest.raises(MCSDError, match=r"rules\.json: matching must take less than 0\.5 s"):
         matching.first_matches([("(a|aa)+b", "")], ["a" * 100], "rules.json")
+    with pytest.raises(MCSDError, match=r"rules\.json: matching must take less than 0\.5 s"):
+        # Forever on any text, the empty one too, which is tried to see whether a rule is one.
+        matching.first_matches([("(?:|(?=)){40}(?!)", "")], [], "rules.json")
     with pytest.raises(MCSDError, match="names must have at most 500"):
         matching.first_matches([("a", "")], ["a" * 501], "rules.json")
