@@ -16,7 +16,7 @@ PACKED = {
 }
 
 
-ROWS = 1024
+ROWS = 256
 """Of a matrix that are worked on at a time: an embedding may be the largest part of a model."""
 
 
