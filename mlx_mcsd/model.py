@@ -9,7 +9,6 @@ width, K vocabulary.
 """
 
 import math
-from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,37 +16,12 @@ from mlx_lm.models.base import create_ssm_mask
 from mlx_lm.models.cache import ArraysCache
 
 from . import mixers, sharding, step
+from .activations import gated
 from .config import ModelArgs
 from .errors import MCSDError
 from .linear import Embedding, Linear
 
 __all__ = ["Model", "ModelArgs"]  # mlx-lm looks both up here
-
-ACTIVATIONS = {
-    "gelu": lambda x: x * (1 + mx.erf(x / math.sqrt(2))) / 2,
-    "gelu_pytorch_tanh": lambda x: (
-        0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    ),
-    "silu": lambda x: x * mx.sigmoid(x),
-}
-
-
-def _gate(hidden_act: str):
-    """Return ``act(gate) * up``, as one kernel on a GPU.
-
-    On the CPU that kernel would be a run of the C++ compiler before the first token, and no faster.
-    """
-    return _gates(hidden_act, mx.default_device() == mx.gpu)
-
-
-@cache
-def _gates(hidden_act: str, compiled: bool):
-    act = ACTIVATIONS[hidden_act]
-
-    def gated(gate, up):
-        return act(gate) * up
-
-    return mx.compile(gated, shapeless=True) if compiled else gated
 
 
 class MLP(nn.Module):
@@ -69,7 +43,7 @@ class MLP(nn.Module):
         if self.sharding_group is not None:
             x = sharding.sum_gradients(self.sharding_group)(x)
         gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)  # (B, N, F) each
-        y = self.down_proj(_gate(self.hidden_act)(gate, up))
+        y = self.down_proj(gated(self.hidden_act)(gate, up))
         if self.sharding_group is not None:
             y = mx.distributed.all_sum(y, group=self.sharding_group)
         return y

@@ -212,7 +212,7 @@ def operations(model):
     return Counter(re.findall(r'label ?= ?"(\w+)", shape=rectangle', graph.getvalue()))
 
 
-@pytest.mark.parametrize("compiled, bound", [(True, 46), (False, 110)], ids=["compiled", "plain"])
+@pytest.mark.parametrize("compiled, bound", [(True, 48), (False, 143)], ids=["compiled", "plain"])
 def test_operations_of_a_layer(request, compiled, bound):
     """What a token costs beside its products, held where no clock can be trusted."""
     if compiled:
