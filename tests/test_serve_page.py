@@ -21,7 +21,9 @@ def browser():
             pytest.skip("no Chromium: none on the path, and playwright has installed none")
         # As root, and in most containers, its sandbox cannot be had.
         flags = [*FLAGS, "--no-first-run", "--no-sandbox"]
-        browser = p.chromium.launch(executable_path=found, args=flags)
+        # A library preloaded for MLX keeps the browser's own processes from starting.
+        env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+        browser = p.chromium.launch(executable_path=found, args=flags, env=env)
         yield browser
         browser.close()
 
