@@ -1,23 +1,17 @@
 """``python -m mlx_mcsd.read``: a text of any length read once, its state kept to ask for ever."""
 
-import codecs
-import os
 import shlex
-import stat
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
 
 from .cli import Interrupts, Parser, integer, size
 from .errors import MCSDError, exits_cleanly
 from .files import check_target
+from .source import Source
 from .tokens import stream_tokens
-
-BYTES = 2**14
-"""Bytes read from a file at a time."""
 
 
 def setup_arg_parser() -> Parser:
@@ -115,7 +109,7 @@ def resume(state, part, ids: Iterator[int], file: Path):
 
 
 def read_all(
-    state, ids: Iterator[int], source: "Source", step: int, every: int, interrupts: Interrupts
+    state, ids: Iterator[int], source: Source, step: int, every: int, interrupts: Interrupts
 ) -> Iterator[None]:
     """Read all tokens, with a progress bar; yields whenever the state is due to be saved."""
     from tqdm import tqdm
@@ -136,58 +130,6 @@ def read_all(
                 yield
             if interrupts.asked:
                 return
-
-
-class Source:
-    """Files as one text, decoded as they are read.
-
-    Attributes:
-        bytes: read so far.
-        total: bytes of all files, None where one is a stream.
-
-    Raises:
-        MCSDError: if a file cannot be read, or holds something else than UTF-8.
-    """
-
-    def __init__(self, names: list[str]):
-        self._names = names
-        self.bytes, self.total = 0, 0
-        for name in names:
-            with self._open(name) as file:
-                status = os.fstat(file.fileno())
-                stream = self.total is None or not stat.S_ISREG(status.st_mode)
-                self.total = None if stream else self.total + status.st_size
-
-    def __iter__(self) -> Iterator[str]:
-        """The text, piece by piece."""
-        for name in self._names:
-            decoder = codecs.getincrementaldecoder("utf-8")()
-            done = 0
-            with self._open(name) as file:
-                while data := file.read(BYTES):
-                    self.bytes += len(data)
-                    yield self._decode(decoder, data, name, done)
-                    done += len(data)
-                yield self._decode(decoder, b"", name, done)
-
-    @staticmethod
-    def _decode(decoder, data: bytes, name: str, done: int) -> str:
-        done -= len(decoder.getstate()[0])  # bytes of a character begun
-        try:
-            return decoder.decode(data, final=not data)
-        except UnicodeDecodeError as error:
-            raise MCSDError(
-                f"{name} must be UTF-8 text but is not at byte {done + error.start}."
-            ) from None
-
-    @staticmethod
-    def _open(name: str):
-        if name == "-" and sys.stdin is None:
-            raise MCSDError("- needs standard input but it is closed.")
-        try:
-            return nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb")
-        except OSError as error:
-            raise MCSDError(f"cannot read {name}: {error.strerror}.") from error
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_mcsd import chat, generate, read, serve
+from mlx_mcsd import chat, evaluate, generate, read, serve
 from mlx_mcsd.bench import __main__ as bench
 from mlx_mcsd.convert import __main__ as convert
 
@@ -22,6 +22,7 @@ COMMANDS = {
     "mlx_mcsd.read": read.setup_arg_parser,
     "mlx_mcsd.serve": serve.setup_arg_parser,
     "mlx_mcsd.convert": convert.setup_arg_parser,
+    "mlx_mcsd.evaluate": evaluate.setup_arg_parser,
     "mlx_mcsd.bench": bench.setup_arg_parser,
 }
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]

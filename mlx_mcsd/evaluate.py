@@ -1,0 +1,120 @@
+"""``python -m mlx_mcsd.evaluate``: what a model's predictions of texts are worth."""
+
+import json
+import time
+
+from .cli import Parser, integer
+from .documents import documents
+from .errors import MCSDError, exits_cleanly
+from .source import Source
+
+COLUMNS = {
+    "documents": ",",
+    "characters": ",",
+    "bytes": ",",
+    "tokens": ",",
+    "bits_per_character": ".4f",
+    "bits_per_byte": ".4f",
+    "perplexity": ".2f",
+}
+
+
+def setup_arg_parser() -> Parser:
+    """Return the parser."""
+    parser = Parser(
+        prog="mlx_mcsd.evaluate",
+        description="Bits per character and perplexity of texts, the state carried through each.",
+    )
+    add = parser.add_argument
+    add(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="UTF-8 texts, each one document from an empty state, as it stands; of .jsonl every "
+        'line\'s "text" is one; - is standard input',
+    )
+    add("--model", help="a directory or a hub id (default: the bundled storyteller)")
+    add("--adapter-path", help="a directory of adapters trained by mlx_lm.lora")
+    add(
+        "--separator",
+        help="what parts the documents of a text, such as '<|endoftext|>'; white space around it "
+        "is dropped. Documents parted so, and those of .jsonl, are whole: the token that ends a "
+        "text counts for them",
+    )
+    add(
+        "--prefill-step-size",
+        type=integer(1),
+        default=512,
+        help="tokens read at a time: smaller takes less memory (default: 512)",
+    )
+    add("--json", action="store_true", help="print the figures as JSON")
+    return parser
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
+    args = setup_arg_parser().parse_args(argv)
+    if args.separator == "":
+        raise MCSDError("--separator must not be empty.")
+    sources = {name: Source([name]) for name in args.files}
+
+    # Seconds of imports, which --help and a mistyped name need not wait for.
+    from . import loading
+    from .scoring import Score
+
+    directory = loading.resolve(args.model)
+    tokenizer = loading.load_tokenizer(directory)
+    model = loading.load_model(directory)
+    if args.adapter_path is not None:
+        loading.load_adapters(model, args.adapter_path)
+    start = time.perf_counter()
+    scores = {name: score_file(model, tokenizer, source, args) for name, source in sources.items()}
+    seconds, total = time.perf_counter() - start, sum(scores.values(), Score())
+    if args.json:
+        files = [{"file": name} | score.as_dict() for name, score in scores.items()]
+        print(json.dumps({"model": str(directory), "files": files, "total": total.as_dict()}))
+        return
+    print(table(scores if len(scores) == 1 else scores | {"total": total}))
+    rate = total.tokens / seconds
+    print(f"{total.tokens:,} tokens in {seconds:.1f} s, {rate:,.0f} tokens-per-sec")
+
+
+def score_file(model, tokenizer, source: Source, args):
+    """The score of one file, with a progress bar."""
+    from tqdm import tqdm
+
+    from .scoring import score
+
+    (name,) = source.names
+    whole = args.separator is not None or name.endswith(".jsonl")
+    with tqdm(desc=name, total=source.total, unit="B", unit_scale=True, disable=None) as bar:
+        found = score(
+            model,
+            tokenizer,
+            documents(source, name, args.separator),
+            end=whole,
+            step_size=args.prefill_step_size,
+            progress=lambda: bar.update(source.bytes - bar.n),
+        )
+    if not found.characters:
+        raise MCSDError(f"{name} must hold text but is empty.")
+    return found
+
+
+def table(scores) -> str:
+    """Figures of each file, a row each, in columns as wide as they need to be."""
+    rows = [["", *(name.replace("_per_", "/").replace("character", "char") for name in COLUMNS)]]
+    for name, score in scores.items():
+        figures = score.as_dict()
+        rows.append([name, *(format(figures[key], form) for key, form in COLUMNS.items())])
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = (
+        [row[0].ljust(first), *(c.rjust(w) for c, w in zip(row[1:], widths, strict=True))]
+        for row in rows
+    )
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+if __name__ == "__main__":
+    main()
