@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 SEPARATOR = "<|endoftext|>"
+GIVEN = re.compile(r"\b(?:named|called|name was|name is) ([a-z]{3,})\b")
 WORD = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*|[^A-Za-z]")
 
 
@@ -36,11 +37,31 @@ def repair(text):
     return re.sub("\u00e2\u20ac[\u009d\u201c\u201d]?", '"', text)
 
 
-def split_stories(text):
-    """The stories of a text in either layout."""
+def join_paragraphs(pieces, shortest):
+    """Put together again what single newlines inside a story have split, and leave out the rest.
+
+    Pieces of less than ``shortest`` characters, one after the other, are the paragraphs of one
+    story, until the next begins as stories do. What is still shorter is a part of one.
+    """
+    stories, ended = [], True
+    for piece in pieces:
+        short = len(piece) < shortest
+        if not short or ended or piece.lower().startswith(("once", "one day")):
+            stories.append(piece)
+        else:
+            stories[-1] += "\n" + piece
+        ended = not short
+    return [story for story in stories if len(story) >= shortest]
+
+
+def split_stories(text, shortest=300):
+    """The stories of a text in either layout; ``shortest`` is for the one without separators."""
     text = text.replace("\r\n", "\n")
-    pieces = text.split(SEPARATOR) if SEPARATOR in text else re.split(r"(?<!\n)\n(?!\n)", text)
-    stories = [piece.strip() for piece in pieces]
+    if SEPARATOR in text:
+        stories = [piece.strip() for piece in text.split(SEPARATOR)]
+    else:
+        pieces = [piece.strip() for piece in re.split(r"(?<!\n)\n(?!\n)", text)]
+        stories = join_paragraphs(pieces, shortest)
     # A file cut at some size ends in half a story, which would teach the model to stop anywhere.
     return [s for s in stories if s and s[-1] in ".!?\"'\u201d"]
 
@@ -90,7 +111,12 @@ class Truecaser:
                 token = seen.most_common(1)[0][0] if seen else token
                 token = token[0].upper() + token[1:] if start else token
             out.append(token)
-        return "".join(out)
+        text = "".join(out)
+        # A name that no cased story has is one all the same where somebody is given it.
+        for name in set(GIVEN.findall(text)):
+            if name not in self.word and (None, name) not in self.pair:
+                text = re.sub(rf"\b{name}\b", name.capitalize(), text)
+        return text
 
 
 def held_out(stories, share, seed):

@@ -4,8 +4,9 @@
         --books CHILDREN.txt.xz
 
 Stories are read as endless streams: every row continues where its last segment ended, with the
-state carried over and reset where a story begins, so that no story is cut. Books are mixed in
-early and fade out. Killed at any moment, the same command resumes from the last checkpoint.
+state carried over and reset where a story begins, so that no story is cut. Some of them answer the
+request of a user, in the chat template's words. Books are mixed in early and fade out. Killed at
+any moment, the same command resumes from the last checkpoint.
 Writes OUT/hf (a Hugging Face directory to convert), OUT/log.jsonl, OUT/loss.png, OUT/facts.json and
 OUT/unseen.json (the stories held out); examples/bundle_stories.py makes the bundled model of them.
 """
@@ -22,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
+from stories_requests import ASSISTANT, CHAT_TEMPLATE, USER, Requests
+from stories_streams import Streams
 from stories_text import load_books, load_stories
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -43,6 +46,9 @@ def parse_args(argv=None):
     parser.add_argument("--channels", type=int, default=8)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--intermediate-size", type=int, default=768)
+    parser.add_argument("--projection", choices=["dense", "channel"], default="dense")
+    parser.add_argument("--fusion", choices=["add", "concat"], default="add")
+    parser.add_argument("--bf16", action="store_true", help="multiply matrices in bfloat16")
     parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--batch", type=int, default=16, help="rows a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a row and step")
@@ -52,8 +58,13 @@ def parse_args(argv=None):
     parser.add_argument("--embedding-dropout", type=float, default=0.0)
     parser.add_argument("--book-share", type=float, default=0.4, help="of the tokens at the start")
     parser.add_argument(
+        "--books-flat", type=float, default=0.0, help="part of the steps with that share of them"
+    )
+    parser.add_argument(
         "--books-until", type=float, default=0.5, help="part of the steps after which they are gone"
     )
+    parser.add_argument("--plain", type=float, default=0.5, help="stories that nobody asks for")
+    parser.add_argument("--rename", type=float, default=0.3, help="of those, with other names")
     parser.add_argument("--init-from", type=Path, help="go on from another run's weights and data")
     parser.add_argument("--stop-at", type=int, help="end here as if killed, to go on otherwise")
     parser.add_argument("--seed", type=int, default=0)
@@ -64,63 +75,9 @@ def parse_args(argv=None):
 
 
 def encode(processor, texts):
-    """One int16 array a text: BOS, tokens, EOS."""
+    """One array a text: BOS, tokens, EOS."""
     bos, eos = processor.bos_id(), processor.eos_id()
-    return [np.array([bos, *ids, eos], dtype=np.int16) for ids in processor.encode(texts)]
-
-
-class Streams:
-    """Endless (B, T + 1) token segments, each row continuing itself; the order is the seed's."""
-
-    def __init__(self, stories, books, args):
-        self.stories, self.books, self.args = stories, books, args
-        self.epoch = self.cursor = self.book = 0
-        self.rows = None
-
-    def state(self):
-        """What a checkpoint must keep."""
-        return {"epoch": self.epoch, "cursor": self.cursor, "book": self.book, "at": self.at}
-
-    def restore(self, state):
-        """Stand where a checkpoint stood."""
-        self.epoch, self.book, self.at = state["epoch"], state["book"], state["at"]
-        self._deal()
-        self.cursor = state["cursor"]
-
-    def _deal(self):
-        rng = random.Random(f"{self.args.seed}/{self.epoch}")
-        documents = list(self.stories)
-        share = self.args.book_share * max(0.0, 1 - self.at / self.args.books_until)
-        wanted = share / (1 - share) * sum(map(len, documents)) if self.books else 0
-        book = self.book
-        while wanted > 0:
-            passage = self.books[book % len(self.books)]
-            documents.append(passage)
-            wanted, book = wanted - len(passage), book + 1
-        self.next_book = book
-        rng.shuffle(documents)
-        tokens = np.concatenate(documents)
-        width = len(tokens) // self.args.batch
-        self.rows = tokens[: width * self.args.batch].reshape(self.args.batch, width)
-        self.cursor = 0
-
-    def go_on(self, state):
-        """Stand at the beginning of the epoch after a checkpoint's."""
-        self.restore(state)
-        self.epoch, self.book, self.rows = self.epoch + 1, self.next_book, None
-
-    def next(self, progress):
-        """The next segment, and whether the rows start anew."""
-        fresh = self.rows is None
-        if fresh:
-            self.at = progress
-            self._deal()
-        elif self.cursor + self.args.length + 1 > self.rows.shape[1]:
-            self.epoch, self.book, self.at, fresh = self.epoch + 1, self.next_book, progress, True
-            self._deal()
-        segment = self.rows[:, self.cursor : self.cursor + self.args.length + 1]
-        self.cursor += self.args.length
-        return torch.from_numpy(segment.astype(np.int64)), fresh
+    return [np.array([bos, *ids, eos]) for ids in processor.encode(texts)]
 
 
 def add_dropout(model, rate, embedding_rate):
@@ -218,16 +175,19 @@ def main(argv=None):
     if not model_file.exists() and args.init_from:
         model_file.write_bytes((args.init_from / "tokenizer.model").read_bytes())
     if not model_file.exists():
-        model_file.write_bytes(train_sentencepiece(train_texts, args.vocab_size))
+        proto = train_sentencepiece(train_texts, args.vocab_size, (USER, ASSISTANT))
+        model_file.write_bytes(proto)
     proto = model_file.read_bytes()
     processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
-    stories, unseen = encode(processor, train_texts), encode(processor, unseen_texts)
-    book_texts = load_books(args.books)
-    random.Random(args.seed).shuffle(book_texts)
-    streams = Streams(stories, encode(processor, book_texts), args)
-    tokens = sum(map(len, stories))
+    unseen = encode(processor, unseen_texts)
+    books = [load_books([path]) for path in args.books]
+    for passages in books:
+        random.Random(args.seed).shuffle(passages)
+    streams = Streams(processor, train_texts, books, Requests(train_texts), args)
+    tokens = sum(map(len, encode(processor, train_texts)))
     characters_per_token = sum(map(len, train_texts)) / tokens
-    print(f"{len(stories)} stories, {tokens} tokens; {len(unseen)} held out", file=sys.stderr)
+    counts = f"{len(train_texts)} stories, {tokens} tokens; {len(unseen)} held out"
+    print(f"{counts}; {len(streams.books)} passages of books", file=sys.stderr)
 
     config = MCSDConfig(
         vocab_size=args.vocab_size,
@@ -235,7 +195,8 @@ def main(argv=None):
         num_channels=args.channels,
         num_hidden_layers=args.layers,
         intermediate_size=args.intermediate_size,
-        projection="dense",
+        projection=args.projection,
+        fusion=args.fusion,
         tie_word_embeddings=True,
         bos_token_id=processor.bos_id(),
         eos_token_id=processor.eos_id(),
@@ -265,15 +226,15 @@ def main(argv=None):
     model.train()
     bar = tqdm(total=args.steps, initial=step, unit="step", smoothing=0.05)
     while step < args.steps and step != args.stop_at:
-        segment, fresh = streams.next(step / args.steps)
-        inputs, targets = segment[:, :-1], segment[:, 1:]
+        segment, ignored, fresh = streams.next(step / args.steps)
+        segment, ignored = torch.from_numpy(segment), torch.from_numpy(ignored)
+        inputs, targets = segment[:, :-1], segment[:, 1:].masked_fill(ignored[:, 1:], -100)
         reset = inputs == config.bos_token_id
         past = None if fresh else MCSDState(carried)
-        out = model.model(inputs, reset=reset, past_key_values=past, use_cache=True)
-        # A story's first token follows nothing: predicting BOS after EOS teaches nothing.
-        targets = targets.masked_fill(targets == config.bos_token_id, -100)
-        logits = model.lm_head(out.last_hidden_state)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            out = model.model(inputs, reset=reset, past_key_values=past, use_cache=True)
+            logits = model.lm_head(out.last_hidden_state)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         if not torch.isfinite(loss):
             sys.exit(f"error: loss became {loss.item()} at step {step}; lower --lr and resume.")
         loss.backward()
@@ -323,7 +284,8 @@ def main(argv=None):
     # How a story reads best; generate() and mlx_mcsd.generate take it from here.
     model.generation_config.update(do_sample=True, temperature=0.7, top_p=0.95, max_new_tokens=400)
     model.save_pretrained(hf)
-    save_tokenizer(hf, proto, config.max_position_embeddings)
+    template = {"chat_template": CHAT_TEMPLATE}
+    save_tokenizer(hf, proto, config.max_position_embeddings, template)
     sources = [*args.stories, *args.lower, *args.books]
     facts = {
         "parameters": parameters,

@@ -35,15 +35,16 @@ SAMPLES = (
 )
 
 
-def train_sentencepiece(texts, vocab_size):
+def train_sentencepiece(texts, vocab_size, control=()):
     """Train a lossless SentencePiece BPE model: byte fallback, newline a piece, spaces unescaped.
 
     Args:
         texts: an iterable of strings; their order does not matter.
         vocab_size: K, more than the 256 bytes and 5 special pieces.
+        control: further special tokens, such as those of a chat template.
 
     Returns:
-        The bytes of a ``tokenizer.model`` with <unk> 0, <s> 1, </s> 2, <pad> 3.
+        The bytes of a ``tokenizer.model`` with <unk> 0, <s> 1, </s> 2, <pad> 3, then ``control``.
     """
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -58,6 +59,7 @@ def train_sentencepiece(texts, vocab_size):
         character_coverage=0.9999,
         pad_id=3,
         user_defined_symbols=["\n"],
+        control_symbols=list(control),
         max_sentence_length=1 << 20,
         minloglevel=2,
     )

@@ -43,12 +43,30 @@ def test_lower_case_stories_get_their_capitals_back(stories):
     from stories_text import Truecaser, read_text, repair, split_stories
 
     truecase = Truecaser(split_stories(read_text(stories["cased"])))
-    lower = split_stories(repair(read_text(stories["lower"])))
-    assert [truecase(story) for story in lower][1:] == [
+    lower = split_stories(repair(read_text(stories["lower"])), shortest=50)
+    assert [truecase(story) for story in lower] == [
         'One day Max saw his mom. "Hello, Max!" she said. He ran to Lily.\n\n'
         'She asked, "Can I play?" "Go," said Mom.',
         'Tom and I don\'t swim. "Look!" said Lily. She ran to Max.',
     ]
+
+
+def test_a_name_that_only_one_story_has_gets_its_capital(stories):
+    from stories_text import Truecaser
+
+    truecase = Truecaser(["One day a ball was called round. She ran."])
+    assert truecase("a cat named kip ran. he called kip round.") == (
+        "A cat named Kip ran. He called Kip round."
+    )
+
+
+def test_paragraphs_on_lines_of_their_own_are_one_story(stories):
+    from stories_text import split_stories
+
+    whole = "One day a dog ran far away and came back home."
+    text = f"{whole}\n{whole}\nOnce a cat sat.\nIt was sad.\nIt was fed.\n{whole}\nOnce.\nOne day."
+    expected = [whole, whole, "Once a cat sat.\nIt was sad.\nIt was fed.", whole]
+    assert split_stories(text, shortest=30) == expected
 
 
 def test_stories_are_split_and_one_is_held_out(stories):
@@ -59,7 +77,8 @@ def test_stories_are_split_and_one_is_held_out(stories):
     assert len(unseen) == 1
     assert (train, unseen) == load_stories([stories["cased"]], share=0.1)
     # The one held out, found again in lower case among the training files, is unseen no more.
-    stories["lower"].write_text(unseen[0].lower().replace("\n", "\n\n"))
+    found = unseen[0].lower().replace("\n", "\n\n")
+    stories["lower"].write_text(f"{found} it was a very long day. {'they ran. ' * 30}")
     assert load_stories([stories["cased"]], [stories["lower"]], share=0.1)[1] == []
 
 

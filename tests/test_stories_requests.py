@@ -1,0 +1,172 @@
+"""Requests made of stories fit them, and the streams hold them as the chat template writes them."""
+
+import argparse
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer
+
+from mlx_mcsd.tokenizer import save_tokenizer, train_sentencepiece
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+STORIES = [
+    "Once upon a time, there was a little girl named Lily. Lily had a red kite. The kite flew over "
+    "a hill. Lily's friend Ben ran after the kite. Ben was fast. Lily hugged Ben.",
+    'One day, a big bear called Max found a drum. Max hit the drum. "Stop!" said a bird. The bird '
+    "was angry, so Max gave the drum to the bird.",
+    "It rained all day. An old man sat in his boat. He had an umbrella. The umbrella was big and "
+    "the boat was small. Then the sun came out.",
+    "Tom and Anna went to the lake. Tom saw a duck. Anna saw the duck, too. Tom laughed.",
+]
+
+
+@pytest.fixture
+def module(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import stories_requests
+
+    return stories_requests
+
+
+@pytest.fixture
+def requests(module, monkeypatch):
+    requests = module.Requests(STORIES)
+    # In four stories every word is frequent, and all of them are short.
+    monkeypatch.setattr(requests, "stories", 1000)
+    monkeypatch.setattr(module, "SHORTEST", 100)
+    return requests
+
+
+def test_a_request_asks_for_what_the_story_has(module, requests):
+    asked = {story: set() for story in STORIES}
+    for seed in range(400):
+        rng = random.Random(seed)
+        story = STORIES[seed % len(STORIES)]
+        text = requests.request(story, rng)
+        asked[story].add(text)
+        names = set(module.NAME.findall(text))
+        assert all(story.count(name) >= 2 or name in story.split(".")[0] for name in names), text
+        assert "{" not in text and not re.search(r"\ba [aeiou]|\ban [^aeiou]", text), text
+        if quoted := re.search(r'"(.+)"', text):
+            assert story.startswith(quoted[1])
+    everything = ["\n".join(texts) for texts in asked.values()]
+    assert "a little girl named Lily" in everything[0] and "a kite" in everything[0]
+    assert "Lily and Ben" in everything[0]
+    assert "a bear named Max" in everything[1] and "a drum" in everything[1]
+    assert "an umbrella" in everything[2] and "named" not in everything[2]
+    assert "Tom and Anna" in everything[3] and "a duck" in everything[3]
+    # A mother is in every story: nobody asks for one.
+    assert "a man" not in everything[2] and "a day" not in everything[2]
+
+
+def test_names_are_exchanged_all_through_a_story(module, requests):
+    for seed in range(50):
+        for wide in (True, False):
+            story = requests.rename(STORIES[0], random.Random(seed), wide=wide)
+            girl, boy = re.search(r"named (\w+)\.", story)[1], re.search(r"friend (\w+)", story)[1]
+            assert girl in module.GIRLS and boy in module.BOYS
+            assert story.replace(girl, "Lily").replace(boy, "Ben") == STORIES[0]
+            if not wide:
+                assert girl in ("Lily", "Anna") and boy in ("Ben", "Max", "Tom")
+    both = requests.rename("Lily met Anna. Anna met Lily.", random.Random(0), wide=True)
+    first, second = re.match(r"(\w+) met (\w+)\.", both).groups()
+    assert first != second and both == f"{first} met {second}. {second} met {first}."
+
+
+def test_an_animal_becomes_another_one_everywhere(module):
+    found = {module.Requests.disguise(STORIES[1], random.Random(seed)) for seed in range(200)}
+    assert STORIES[1] in found and len(found) > 10
+    for story in found - {STORIES[1]}:
+        assert "bear" not in story and "called Max" in story
+    assert {module.Requests.disguise(STORIES[2], random.Random(s)) for s in range(99)} == {
+        STORIES[2]
+    }
+
+
+def test_every_story_is_told_once_a_pass(module, requests):
+    documents = module.conversations(
+        STORIES * 50, requests, random.Random(0), plain=0.5, rename=0.0
+    )
+    plain = [d for d in documents if isinstance(d, str)]
+    pairs = [p for d in documents if not isinstance(d, str) for p in d if p not in module.TALK]
+    assert len(plain) + len(pairs) == 200 and 70 < len(plain) < 130
+    assert set(plain) == set(STORIES)
+    assert max(len(d) for d in documents if not isinstance(d, str)) >= 2
+    short = module.conversations(["A dog ran."] * 9, requests, random.Random(0), plain=0, rename=0)
+    assert short == ["A dog ran."] * 9
+    again = module.conversations(STORIES * 50, requests, random.Random(0), plain=0.5, rename=0.0)
+    assert documents == again
+
+
+@pytest.fixture
+def streams(module, requests, tmp_path):
+    from stories_streams import Streams
+
+    proto = train_sentencepiece(STORIES, 330, (module.USER, module.ASSISTANT))
+    save_tokenizer(tmp_path, proto, 64, {"chat_template": module.CHAT_TEMPLATE})
+    args = argparse.Namespace(
+        **{"seed": 0, "batch": 2, "length": 8, "plain": 0.3, "rename": 0.5},
+        **{"book_share": 0.5, "books_flat": 0.2, "books_until": 0.8},
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    books = [["A book."] * 3, ["Another one, which is longer."] * 5]
+    return Streams(processor, STORIES * 4, books, requests, args), tmp_path
+
+
+def test_conversations_are_what_the_chat_template_writes(streams):
+    streams, path = streams
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    pairs = [("Tell me a story.", STORIES[0]), ("Another one, please.", STORIES[1])]
+    messages = [{"role": "system", "content": "Be kind."}]
+    for request, reply in pairs:
+        messages += [{"role": "user", "content": request}]
+        messages += [{"role": "assistant", "content": f" {reply}\n"}]
+    encoded = streams.encode(pairs)
+    assert tokenizer.apply_chat_template(messages)["input_ids"] == encoded
+    assert streams.encode(STORIES[0]) == [*tokenizer(STORIES[0])["input_ids"], 2]
+    # A reply is asked for with exactly what stood before one in training.
+    asked = tokenizer.apply_chat_template(messages[:2], add_generation_prompt=True)["input_ids"]
+    assert encoded[: len(asked)] == asked and encoded[len(asked) - 1] == 5
+
+
+def test_only_what_the_assistant_says_is_learned(streams):
+    streams, _ = streams
+    tokens, ignored, fresh = streams.next(0.0)
+    assert fresh and tokens.shape == ignored.shape == (2, 9)
+    rows, targets = streams.rows, ~streams.ignored
+    assert not targets[np.isin(rows, (1, 4, 5))].any() and targets[rows == 2].all()
+    # Row 0 begins with a document, so that its requests can be told from its replies.
+    asking = False
+    for token, learned in zip(rows[0], targets[0], strict=True):
+        asking = token == 4 or (asking and token != 5)
+        assert learned == (not asking and token not in (1, 5))
+    assert 0.5 < targets.mean() < 0.95
+
+
+def test_books_fade_out(streams):
+    streams, _ = streams
+    shares = [streams.book_share(p) for p in (0.0, 0.2, 0.5, 0.8, 1.0)]
+    assert shares == pytest.approx([0.5, 0.5, 0.25, 0.0, 0.0])
+    assert streams.books[:4] == ["A book.", "Another one, which is longer."] * 2
+    seen = {}
+    for progress in (0.0, 1.0):
+        streams.rows, streams.deal = None, 0
+        streams.next(progress)
+        text = streams.processor.decode(streams.rows[0].tolist())
+        seen[progress] = text.count("nother one, which")
+    assert seen[0.0] > 0 == seen[1.0]
+
+
+def test_a_stream_goes_on_where_it_stood(streams):
+    streams, _ = streams
+    for _ in range(30):
+        streams.next(0.1)
+    state = streams.state()
+    expected = [streams.next(0.2)[0] for _ in range(100)]
+    streams.restore(state)
+    assert all((streams.next(0.2)[0] == segment).all() for segment in expected)
