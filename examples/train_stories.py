@@ -197,6 +197,7 @@ def main(argv=None):
         intermediate_size=args.intermediate_size,
         projection=args.projection,
         fusion=args.fusion,
+        output_projection=args.fusion == "concat",  # which comes back to D with it
         tie_word_embeddings=True,
         bos_token_id=processor.bos_id(),
         eos_token_id=processor.eos_id(),
