@@ -10,7 +10,6 @@ the first token of a document sees itself (V'_1 = V_1, E'_1 = E_1) while the sta
 the decay norm acts on the state (Eq. 20), not on the decay matrix (Eq. 9).
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -32,82 +31,119 @@ ACTIVATIONS = {
 }
 
 
-def decay_powers(log_decay, length, device):
-    """lambda^0 .. lambda^length per channel, (C, length + 1): float64 powers stored as float32."""
-    exponents = torch.arange(length + 1, dtype=torch.float64)
-    rates = torch.tensor(log_decay, dtype=torch.float64)
-    return torch.exp(rates[:, None] * exponents).to(device=device, dtype=torch.float32)
-
-
-def decayed_sums(x, log_decay, state, mask=None, reset=None):
-    """h_{n+1} = lambda (h_n + x_n) over a sequence, chunk by chunk (Eqs. 16 and 19).
-
-    Inside a chunk, with p the number of real tokens before a position,
-    h_i = lambda^(p_i) h + sum_{j<i} m_j lambda^(p_i - p_j) x_j.
-
-    Args:
-        x: (B, N, C, Dc) float32.
-        log_decay: C logarithms of lambda.
-        state: (B, C, Dc) float32, h before the first token.
-        mask: (B, N) bool, False where a step must leave the state alone.
-        reset: (B, N) bool, True where a token starts a new document, on a zero state.
-
-    Returns:
-        h before each token, (B, N, C, Dc), and after the last, (B, C, Dc); both float32.
-    """
-    if x.dtype != torch.float32 or state.dtype != torch.float32:
-        raise TypeError(f"decayed_sums computes in float32 but got {x.dtype} and {state.dtype}.")
-    tokens = x.shape[1]
-    powers = decay_powers(log_decay, min(CHUNK, tokens), x.device)  # (C, T + 1)
-    outputs = []
-    for start in range(0, tokens, CHUNK):
-        part = slice(start, min(start + CHUNK, tokens))
-        length = part.stop - part.start
-        v = x[:, part].transpose(1, 2)  # (B, C, T, Dc)
-        if mask is None:
-            clock = torch.arange(length + 1, device=x.device)[None]  # (1, T + 1)
-        else:
-            real = mask[:, part]
-            v = v.masked_fill(~real[:, None, :, None], 0.0)
-            clock = F.pad(real.long().cumsum(1), (1, 0))  # (B, T + 1): real tokens so far
-        # Row i reads h_i, row T is the carry; token j has passed through clock_i - clock_j decays.
-        age = clock[:, :, None] - clock[:, None, :-1]  # (1 or B, T + 1, T)
-        weights = powers[:, age.clamp(min=0)].transpose(0, 1)  # (1 or B, C, T + 1, T)
-        past = torch.ones(length + 1, length, dtype=torch.bool, device=x.device).tril(-1)[None]
-        carried = powers[:, clock].transpose(0, 1)  # (1 or B, C, T + 1)
-        if reset is not None:
-            starts = reset[:, part] if mask is None else reset[:, part] & mask[:, part]
-            document = starts.long().cumsum(1)  # (B, T)
-            reader = torch.cat([document, document[:, -1:]], 1)  # (B, T + 1)
-            past = past & (reader[:, :, None] == document[:, None, :])
-            carried = carried * (reader == 0)[:, None]
-        weights = weights * past[:, None]
-        h = weights @ v + carried[..., None] * state[:, :, None]  # (B, C, T + 1, Dc)
-        outputs.append(h[:, :, :-1].transpose(1, 2))
-        state = h[:, :, -1]
-    return torch.cat(outputs, 1), state
-
-
-def decayed_step(x, log_decay, state, mask=None, reset=None):
-    """One token of :func:`decayed_sums`: same arguments and results, N = 1."""
-    decay = decay_powers(log_decay, 1, x.device)[:, 1:]  # (C, 1)
-    real = torch.ones_like(x[:, :, 0, 0], dtype=torch.bool) if mask is None else mask  # (B, 1)
-    real = real[:, :, None]
-    if reset is not None:
-        state = torch.where(reset[:, :, None] & real, 0.0, state)
-    return state[:, None], torch.where(real, decay * (state + x[:, 0]), state)
+def wide(x):
+    """At least float32: what sums over history and norms are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def tokens_seen(count, tokens, mask=None, reset=None):
     """How many tokens of its document precede each position: (B, N), and the count after, (B,)."""
-    batch = count.shape[0]
     if mask is None:
-        mask = torch.ones(batch, tokens, dtype=torch.bool, device=count.device)
+        mask = torch.ones(1, tokens, dtype=torch.bool, device=count.device)
     before = count[:, None] + mask.long().cumsum(1) - mask.long()
     if reset is not None:
         origin = torch.where(reset & mask, before, 0).cummax(1).values
         before = before - origin
     return before, before[:, -1] + mask[:, -1].long()
+
+
+class MCSDTimeline:
+    """Where each of N tokens stands in its document, as weights of the sums over history.
+
+    One serves every layer. The N tokens are M chunks of T; with p the number of real tokens of its
+    chunk before a position, h the state before the chunk and m the mask, position i reads
+    (lambda^(p_i) h + sum_{j<i} m_j lambda^(p_i - p_j) x_j) / Z_i (Eqs. 3, 5, 11), where Z_i = 1 in
+    a decay section, and a first token reads itself. Sums stop where a document starts.
+
+    Args:
+        sections: names of the sections; ``channels``: C.
+        tokens: N.
+        count: (B,) int64 tokens seen before, or None at a start.
+        mask: (B, N) bool, False where a step must leave the state alone.
+        reset: (B, N) bool, True where a token starts a new document, on a zero state.
+        dtype: of the weights, float32 or float64.
+    """
+
+    def __init__(self, sections, channels, tokens, count, mask, reset, dtype, device):
+        chunks = -(-tokens // CHUNK)  # M
+        length = -(-tokens // chunks)  # T
+        if count is None:
+            count = torch.zeros(1, dtype=torch.long, device=device)
+        seen, self.count = tokens_seen(count, tokens, mask, reset)
+
+        def split(x):  # (B, N) -> (B, M, T), padded by what counts for nothing
+            return F.pad(x, (0, chunks * length - tokens)).unflatten(1, (chunks, length))
+
+        # Without mask and reset every row has the same weights: B = 1 in these shapes.
+        real = split(torch.ones_like(seen[:1], dtype=torch.bool) if mask is None else mask)
+        starts = torch.zeros_like(real) if reset is None else split(reset) & real
+        document = starts.long().cumsum(-1)  # (B, M, T)
+        clock = F.pad(real.long().cumsum(-1), (1, 0))  # (B, M, T + 1): real tokens so far
+        # Rows 0 .. T - 1 are what the positions read, row T is what the chunk leaves behind.
+        reader = torch.cat([document, document[..., -1:]], -1)  # (B, M, T + 1)
+        age = (clock[..., :, None] - clock[..., None, :-1]).clamp(min=0)  # (B, M, T + 1, T)
+        past = torch.ones(length + 1, length, dtype=torch.bool, device=device).tril(-1)
+        itself = torch.eye(length + 1, length, dtype=torch.bool, device=device)
+        n = split(seen)  # (B, M, T)
+        first = F.pad(n == 0, (0, 1))  # (B, M, T + 1)
+        same = reader[..., :, None] == document[..., None, :]
+        counts = past & real[..., None, :] & same | itself & first[..., None]  # (B, M, T + 1, T)
+        channel = torch.arange(channels, device=device)[:, None]  # (C, 1)
+        self.of = {}
+        for section in set(sections):
+            # Powers and rates are taken in float64: the slowest alpha is close to 1.
+            rate = log_decays(section, channels, device)[:, None]  # (C, 1)
+            powers = torch.exp(rate * torch.arange(length + 1, device=device)).to(dtype)
+            weights = powers[channel[..., None], age[:, :, None]] * counts[:, :, None]
+            left = powers[channel, clock[:, :, None]] * (reader == 0)[:, :, None]
+            if section == "slope":
+                # Z_n = sum_{j=1}^{n} e^(-j beta), the weight of n past tokens (Eq. 5).
+                Z = torch.exp(rate) * torch.expm1(n[:, :, None] * rate) / torch.expm1(rate)
+                share = F.pad(1 / Z.masked_fill(n[:, :, None] == 0, 1.0), (0, 1), value=1.0)
+                share = share.to(dtype)  # (B, M, C, T + 1)
+                weights, left = weights * share[..., None], left * share
+            # (B, M, C, T + 1, T) and (B, M, C, T + 1, 1)
+            self.of[section] = weights, left[..., None]
+
+    def read(self, section, x, h):
+        """What each token reads of its past, V' or E', and the state after the last.
+
+        Args:
+            section: ``"slope"`` or ``"decay"``.
+            x: (B, N, C, Dc) of the timeline's dtype.
+            h: (B, C, Dc) of the same, the state before the first token.
+
+        Returns:
+            (B, N, C, Dc) and (B, C, Dc).
+        """
+        weights, left = self.of[section]
+        if not x.dtype == h.dtype == weights.dtype:
+            raise TypeError(f"sums over history need {weights.dtype} but got {x.dtype}, {h.dtype}.")
+        N = x.shape[1]
+        rows, chunks, _, _, length = weights.shape
+        if chunks * length > N:
+            x = F.pad(x, (0, 0, 0, 0, 0, chunks * length - N))
+        x = x.unflatten(1, (chunks, length))  # (B, M, T, C, Dc)
+        if rows == 1:
+            sums = torch.einsum("mcij,bmjcd->bmcid", weights[0], x)  # (B, M, C, T + 1, Dc)
+        else:
+            sums = weights @ x.transpose(2, 3)
+        sums, added = sums.split([length, 1], 3)
+        left, kept = left.split([length, 1], 3)
+        before = []
+        for m in range(chunks):
+            before.append(h)
+            h = kept[:, m, :, 0] * h + added[:, m, :, 0]
+        reads = torch.addcmul(sums, left, torch.stack(before, 1)[:, :, :, None])
+        return reads.transpose(2, 3).flatten(1, 2)[:, :N], h
+
+
+def log_decays(section, channels, device):
+    """Logarithms of lambda, (C,) float64: -beta (Eq. 2) or log alpha (Eq. 8)."""
+    i = torch.arange(channels, dtype=torch.float64, device=device)
+    if section == "slope":
+        return -(2.0 ** (-8.0 * (i + 1) / channels))
+    return torch.log1p(-(2.0 ** (-5.0 - i)))
 
 
 class MCSDRMSNorm(nn.Module):
@@ -120,9 +156,9 @@ class MCSDRMSNorm(nn.Module):
 
     def forward(self, x):
         """Normalise the last axis; the result has x's dtype."""
-        y = x.float()
+        y = wide(x)
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight.float()).to(x.dtype)
+        return (y * wide(self.weight)).to(x.dtype)
 
 
 class MCSDChannelNorm(nn.Module):
@@ -136,7 +172,7 @@ class MCSDChannelNorm(nn.Module):
     def forward(self, x):
         """Normalise x (B, N, C, Dc) float32 over Dc."""
         y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return y * self.weight.float().view(x.shape[-2:])
+        return y * wide(self.weight).view(x.shape[-2:])
 
 
 class MCSDChannelLinear(nn.Module):
@@ -166,15 +202,11 @@ class MCSDMixer(nn.Module):
                 return nn.Linear(D, D, bias=False)
             return MCSDChannelLinear(C, D // C)
 
-        log_beta = [-(2.0 ** (-8.0 * (i + 1) / C)) for i in range(C)]  # Eq. 2: log e^-beta
-        log_alpha = [math.log1p(-(2.0 ** (-5 - i))) for i in range(C)]  # Eq. 8
-        self.log_decays = []
         if config.sections != ["decay"]:
             self.u_proj, self.v_proj = projection(), projection()
         if config.sections != ["slope"]:
             self.e_proj, self.f_proj = projection(), projection()
         for slot, section in enumerate(config.sections):
-            self.log_decays += log_beta if section == "slope" else log_alpha
             if section == "decay":
                 self.add_module(self.norm_name(slot), MCSDChannelNorm(config))
         if config.output_projection:
@@ -191,62 +223,49 @@ class MCSDMixer(nn.Module):
             return self.f_proj, self.e_proj
         return self.u_proj, self.v_proj
 
-    def forward(self, x, state=None, mask=None, reset=None):
+    def timeline(self, x, state=None, mask=None, reset=None):
+        """The :class:`MCSDTimeline` of (B, N, D), the same for every layer of a model."""
+        count = None if state is None else state[1]
+        where = x.shape[1], count, mask, reset, wide(x[:0]).dtype, x.device
+        with torch.no_grad():
+            return MCSDTimeline(self.sections, self.channels, *where)
+
+    def forward(self, x, state=None, timeline=None):
         """Mix x (B, N, D) over time.
 
         Args:
             x: (B, N, D).
             state: ((B, slots * C, Dc) float32, (B,) int64 count), or None at a start.
-            mask: (B, N) bool, False on padding.
-            reset: (B, N) bool, True where a document starts.
+            timeline: of these tokens; None where they are one document without padding.
 
         Returns:
             (B, N, D) in x's dtype and the new state.
         """
         B, N, _ = x.shape
         C, Dc, slots = self.channels, self.features, len(self.sections)
-        if state is None:
-            h = x.new_zeros(B, slots * C, Dc, dtype=torch.float32)
-            state = h, torch.zeros(B, dtype=torch.long, device=x.device)
-        h, count = state
-        currents, histories = [], []
-        for slot in range(slots):
-            current, history = self.projections(slot)
-            currents.append(current(x).float().view(B, N, C, Dc))
-            histories.append(history(x).float().view(B, N, C, Dc))
-        # The slots are one recurrence over slots * C channels.
-        form = decayed_step if N == 1 else decayed_sums
-        with torch.autocast(x.device.type, enabled=False):  # which would sum in bfloat16
-            past, h = form(torch.cat(histories, 2), self.log_decays, h, mask, reset)
-        n, count = tokens_seen(count, N, mask, reset)
-        first = (n == 0)[:, :, None, None]
-        thetas = []
+        if timeline is None:
+            timeline = self.timeline(x, state)
+        start = wide(x.new_zeros(B, slots * C, Dc)) if state is None else state[0]
+        thetas, states = [], list(start.chunk(slots, 1))
         for slot, section in enumerate(self.sections):
-            of_slot = slice(slot * C, (slot + 1) * C)
-            value = past[:, :, of_slot]
+            current, history = self.projections(slot)
+            current = wide(current(x)).view(B, N, C, Dc)
+            history = wide(history(x)).view(B, N, C, Dc)
+            with torch.autocast(x.device.type, enabled=False):  # which would sum in bfloat16
+                value, states[slot] = timeline.read(section, history, states[slot])
             if section == "slope":
-                value = value / self.slope_norm(n, self.log_decays[of_slot])
-            value = torch.where(first, histories[slot], value)  # V'_1 = V_1, E'_1 = E_1
-            if section == "slope":
-                thetas.append(currents[slot] * F.silu(value))  # Eq. 6
+                thetas.append(current * F.silu(value))  # Eq. 6
             else:
                 norm = getattr(self, self.norm_name(slot))
-                thetas.append(torch.sigmoid(currents[slot]) * norm(value))  # Eq. 20
+                thetas.append(torch.sigmoid(current) * norm(value))  # Eq. 20
         if self.fusion == "concat":
             theta = torch.cat(thetas, -1).flatten(2)  # Eq. 13, (B, N, slots * D)
         else:
-            theta = sum(thetas).flatten(2)  # Eq. 21, (B, N, D)
+            theta = sum(thetas[1:], thetas[0]).flatten(2)  # Eq. 21, (B, N, D)
         theta = theta.to(x.dtype)
         if hasattr(self, "o_proj"):
             theta = self.o_proj(theta)
-        return theta, (h, count)
-
-    @staticmethod
-    def slope_norm(n, log_decay):
-        """sum_{j=1}^{n} e^(-j beta), the weight of n past tokens (Eq. 5); n = 0 counts as 1."""
-        rate = torch.tensor(log_decay, dtype=torch.float32, device=n.device)[:, None]  # (C, 1)
-        n = n.clamp(min=1)[:, :, None, None].float()  # (B, N, 1, 1)
-        return torch.exp(rate) * torch.expm1(n * rate) / torch.expm1(rate)
+        return theta, (torch.cat(states, 1), timeline.count.expand(B))
 
 
 class MCSDMLP(nn.Module):
@@ -274,9 +293,9 @@ class MCSDLayer(GradientCheckpointingLayer):
         self.mlp_norm = MCSDRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MCSDMLP(config)
 
-    def forward(self, x, state=None, mask=None, reset=None):
+    def forward(self, x, state=None, timeline=None):
         """(B, N, D) -> (B, N, D) and the mixer's new state."""
-        y, state = self.mixer(self.mixer_norm(x), state, mask, reset)
+        y, state = self.mixer(self.mixer_norm(x), state, timeline)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), state
 
@@ -411,11 +430,12 @@ class MCSDModel(MCSDPreTrainedModel):
         if reset is None and position_ids is not None:
             reset = position_ids.expand(B, N) == 0
         read = 0 if past_key_values is None else past_key_values.seen
+        earlier = [None] * len(self.layers) if past_key_values is None else past_key_values.layers
+        timeline = self.layers[0].mixer.timeline(x, earlier[0], mask, reset)
         states, seen = [], []
-        for index, layer in enumerate(self.layers):
+        for layer, state in zip(self.layers, earlier, strict=True):
             seen.append(x)
-            state = None if past_key_values is None else past_key_values.layers[index]
-            x, state = layer(x, state, mask, reset)
+            x, state = layer(x, state, timeline)
             states.append(state)
         x = self.norm(x)
         return MCSDModelOutput(
