@@ -61,6 +61,9 @@ def parse_args(argv=None):
     parser.add_argument("--channels", type=int, default=8)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--intermediate-size", type=int, default=352)
+    parser.add_argument(
+        "--fusion", default="concat", choices=["add", "concat"], help="concat has an o_proj"
+    )
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=8, help="rows a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a row")
@@ -107,6 +110,8 @@ def make_model(args, sections, seed, bos):
         num_hidden_layers=args.layers,
         intermediate_size=args.intermediate_size,
         projection="dense",
+        fusion=args.fusion,
+        output_projection=args.fusion == "concat",
         tie_word_embeddings=True,
         sections=sections,
         bos_token_id=bos,
@@ -285,7 +290,8 @@ def main(argv=None):
     seen = args.steps * args.batch * args.length
     facts = (
         f"{args.layers} layers, D = {args.hidden_size}, C = {args.channels}, "
-        f"F = {args.intermediate_size}, K = {args.vocab_size}, dense projections, tied head; "
+        f"F = {args.intermediate_size}, K = {args.vocab_size}, "
+        f"dense projections, fusion {args.fusion}, tied head; "
         f"{seen:,} tokens a run out of {available:,}, {args.batch} rows of {args.length} a step; "
         f"AdamW, peak rate {args.lr:g}; {len(unseen)} unseen stories of {characters:,} characters. "
         "Behind ± in the first table: the standard deviation over the seeds; in the second: "
