@@ -1,15 +1,17 @@
-"""Make the bundled model of a finished training run: convert, measure on MLX, write its card.
+"""Make the bundled model from the raw texts: train, convert, measure on MLX, write its card.
 
     python examples/bundle_stories.py --run runs/stories --mlx-path mlx_mcsd/assets/stories \
         --licence "TinyStories: CDLA-Sharing-1.0" --licence "books: public domain" \
-        --command "python examples/train_stories.py ..."
+        --stories CASED.txt --lower LOWER.txt --books CHILDREN.txt.xz FICTION.txt.xz
 
-Reads what examples/train_stories.py wrote into RUN. The target must not exist yet.
+Flags of examples/train_stories.py are passed on; without any, RUN must have been trained. The
+target must not exist yet.
 """
 
 import argparse
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import stories_replies
+import train_stories
 from mlx_lm import generate
 from mlx_lm.sample_utils import make_sampler
 from tqdm import tqdm
@@ -42,6 +46,11 @@ def bits_per_character(model, tokenizer, texts):
     return nats / math.log(2) / sum(map(len, texts))
 
 
+def quote(text):
+    """Text as a Markdown quotation."""
+    return "> {}".format(text.strip().replace("\n", "\n> ")).replace("> \n", ">\n")
+
+
 def write_samples(model, tokenizer, settings):
     """Markdown of one sample a prompt, the n-th with seed n."""
     samples = []
@@ -50,24 +59,33 @@ def write_samples(model, tokenizer, settings):
         sampler = make_sampler(settings["temperature"], settings["top_p"])
         limit = settings["max_new_tokens"]
         text = generate(model, tokenizer, prompt, sampler=sampler, max_tokens=limit)
-        quoted = f"**{prompt}**{text}".strip().replace("\n", "\n> ")
-        samples.append(f"> {quoted}".replace("> \n", ">\n"))
+        samples.append(quote(f"**{prompt}**{text}"))
     return "\n\n---\n\n".join(samples)
 
 
+def as_typed(argv):
+    """The command of a list of arguments, without the folders that files lie in."""
+    words = [Path(word).name if Path(word).is_file() else word for word in argv]
+    return shlex.join(["python", "examples/bundle_stories.py", *words])
+
+
 def main(argv=None):
-    """Convert, measure, write the card."""
+    """Train, convert, measure, write the card."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, required=True, help="folder of the training run")
     parser.add_argument("--mlx-path", type=Path, required=True, help="folder to make")
     parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--q-bits", type=int, help="quantize to so many bits a weight")
+    parser.add_argument("--replies", type=int, default=100, help="requests to count names in")
     parser.add_argument("--licence", action="append", default=[], help="of the data; repeatable")
-    parser.add_argument(
-        "--command", action="append", default=[], help="as it was typed; repeatable"
-    )
-    args = parser.parse_args(argv)
+    args, training = parser.parse_known_args(argv)
+    if training:
+        train_stories.main(["--out", str(args.run), *training])
     convert = [sys.executable, "-m", "mlx_mcsd.convert", "--hf-path", args.run / "hf"]
-    subprocess.run([*convert, "--mlx-path", args.mlx_path, "--dtype", args.dtype], check=True)
+    convert += ["--mlx-path", args.mlx_path, "--dtype", args.dtype]
+    convert += ["-q", "--q-bits", str(args.q_bits)] if args.q_bits else []
+    subprocess.run(convert, check=True)
     shutil.copyfile(args.run / "loss.png", args.mlx_path / "loss.png")
 
     facts = json.loads((args.run / "facts.json").read_text())
@@ -75,23 +93,29 @@ def main(argv=None):
     settings = json.loads((args.mlx_path / "generation_config.json").read_text())
     model, tokenizer = load(args.mlx_path)
     shape = vars(model.args)
+    counts, replies = stories_replies.measure(args.mlx_path, args.replies)
+    options = facts["options"]
     template = Path(__file__).with_name("stories_card.md").read_text()
     card = template.format(
         parameters=facts["parameters"] / 1e6,
-        dtype=args.dtype,
+        form=f"{args.q_bits} bits a weight" if args.q_bits else args.dtype,
         bits=bits_per_character(model, tokenizer, unseen),
         reference_bits=facts["bits_per_character_unseen"],
         unseen_stories=facts["unseen"]["stories"],
         unseen_characters=facts["unseen"]["characters"],
         state=sum(layer.mixer.state_bytes(1) for layer in model.layers),
         tokens=facts["training_tokens_seen"] / 1e6,
-        seed=facts["options"]["seed"],
-        commands="\n".join(f"    {line}" for line in args.command),
+        seed=options["seed"],
+        cores=options["threads"],
+        arithmetic="bfloat16 products" if options["bf16"] else "float32",
+        command=as_typed(argv),
         sources="\n".join(f"| {name} | `{digest}` |" for name, digest in facts["sources"].items()),
         licences="; ".join(args.licence) or "not named",
         temperature=settings["temperature"],
         top_p=settings["top_p"],
         last_seed=len(PROMPTS) - 1,
+        counts=counts,
+        told="\n\n---\n\n".join(quote(f"**{r['request']}**\n\n{r['reply']}") for r in replies[:5]),
         samples=write_samples(model, tokenizer, settings),
         **{k: v for k, v in shape.items() if isinstance(v, int | str)},
     )

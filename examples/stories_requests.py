@@ -125,6 +125,8 @@ FIRST = (
     'Tell me a story that starts like this: "{first}"',
     "Go on with this story: {first}",
     "Continue: {first}",
+    "{first}",
+    "{opening}",
 )
 ANY = (
     "Tell me a story.",
@@ -256,8 +258,10 @@ class Requests:
                 kinds.append((WHO_AND_THING, 2))
         first = first_sentence(story)
         if first and 15 < len(first) < 200 and '"' not in first:
-            facts["first"] = first
-            kinds.append((FIRST, 1))
+            words = first.split()
+            opening = " ".join(words[: rng.randint(3, max(3, len(words) - 1))])
+            facts |= {"first": first, "opening": opening}
+            kinds.append((FIRST, 1.5))
         [templates] = rng.choices([t for t, _ in kinds], [w for _, w in kinds])
         text = rng.choice(templates).format(**facts)
         # As people type.

@@ -125,17 +125,78 @@ def test_training_learns_and_writes_all_it_promises(train, tmp_path):
     assert sorted(facts["sources"]) == ["books.txt", "cased.txt", "lower.txt"]
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
-    # The card of the model that is made of it: measured on MLX, with samples.
+    # The card of the model that is made of it: measured on MLX, with samples and replies.
     import bundle_stories
 
     mlx = tmp_path / "mlx"
-    bundle_stories.main(["--run", str(out), "--mlx-path", str(mlx), "--licence", "test: none"])
+    words = ["--run", out, "--mlx-path", mlx, "--licence", "test: none", "--replies", 6]
+    bundle_stories.main([*map(str, words)])
     card = (mlx / "README.md").read_text()
     measured = float(re.search(r"\*\*([\d.]+)\*\* in float16", card)[1])
     assert measured == pytest.approx(facts["bits_per_character_unseen"], rel=1e-3)
     assert all(digest in card for digest in facts["sources"].values())
     assert "> **Once upon a time**" in card and "test: none" in card
+    assert re.search(r"of 6 fresh ones, \d replies have the name", card)
+    assert "{" not in card.split("## Replies")[0]
     assert (mlx / "loss.png").exists()
+    assert "<|assistant|>" in (mlx / "tokenizer_config.json").read_text()
+
+
+def test_the_bundled_model_is_made_by_one_command(stories, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import bundle_stories
+
+    words = ["--run", tmp_path / "run", "--mlx-path", tmp_path / "mlx", "--q-bits", 8]
+    words += ["--replies", 2, "--stories", stories["cased"], "--vocab-size", 330]
+    words += ["--hidden-size", 32, "--channels", 2, "--layers", 1, "--intermediate-size", 32]
+    words += ["--batch", 2, "--length", 16, "--steps", 2, "--threads", 1, "--bf16"]
+    threads = torch.get_num_threads()
+    bundle_stories.main([*map(str, words)])
+    torch.set_num_threads(threads)
+    card = (tmp_path / "mlx" / "README.md").read_text()
+    assert "--stories cased.txt --vocab-size 330" in card and "in 8 bits a weight on MLX" in card
+    assert "1 CPU cores, in bfloat16 products" in card
+    assert json.loads((tmp_path / "mlx" / "config.json").read_text())["quantization"]["bits"] == 8
+
+
+def test_replies_are_counted(stories, monkeypatch):
+    from stories_replies import loops, make_requests
+
+    assert loops("He ran home to see his mum and dad. " * 3)
+    assert loops("It was very, very very very big.")
+    assert not loops("He ran home to see his mum and dad. She was very very very glad. " * 2)
+    pairs = make_requests(50, seed=1)
+    assert pairs == make_requests(50, seed=1) != make_requests(50, seed=2)
+    assert all(name in request for request, name in pairs)
+    assert not any(re.search(r"\ba [aeiou]", request) for request, _ in pairs)
+
+
+def test_the_shapes_compared_have_one_budget(stories, tmp_path, monkeypatch, capsys):
+    import stories_shapes
+
+    tiny_shape = {"hidden_size": 16, "layers": 1, "intermediate_size": 24}
+    monkeypatch.setattr(stories_shapes, "BASE", tiny_shape)
+    few = {"base": {}, "larger": {"vocab_size": 340}, "concat": {"fusion": "concat"}}
+    monkeypatch.setattr(
+        stories_shapes,
+        "CANDIDATES",
+        {k: {"vocab_size": 330, "channels": 2} | v for k, v in few.items()},
+    )
+    words = ["--out", tmp_path, "--stories", stories["cased"], "--budget", 6 * 4096 * 7000 * 2]
+    words += ["--only", *few, "--batch", 2, "--length", 16, "--threads", 1]
+    stories_shapes.main([*map(str, words)])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:5]]
+    assert sorted(row[0] for row in rows) == sorted(few)
+    bits = [float(row[-1]) for row in rows]
+    assert bits == sorted(bits)
+    for row in rows:
+        shape = {**tiny_shape, "vocab_size": int(row[5]), "channels": 2, "fusion": row[7]}
+        # The table's parameters are counted in the model; gains are the few that `weights` omits.
+        assert float(row[8]) == pytest.approx(stories_shapes.weights(**shape) / 1e6, abs=0.006)
+    assert (tmp_path / "table.md").read_text().count("\n") == 5
+    # What has ended is not run again.
+    monkeypatch.setattr(stories_shapes.subprocess, "run", None)
+    stories_shapes.main([*map(str, words)])
 
 
 def test_a_run_that_was_killed_resumes_to_the_same_weights(train, tmp_path, monkeypatch, capsys):

@@ -38,7 +38,7 @@ def requests(module, monkeypatch):
     requests = module.Requests(STORIES)
     # In four stories every word is frequent, and all of them are short.
     monkeypatch.setattr(requests, "stories", 1000)
-    monkeypatch.setattr(module, "SHORTEST", 100)
+    monkeypatch.setattr(module, "SHORTEST", 50)
     return requests
 
 
@@ -60,7 +60,12 @@ def test_a_request_asks_for_what_the_story_has(module, requests):
     assert "a bear named Max" in everything[1] and "a drum" in everything[1]
     assert "an umbrella" in everything[2] and "named" not in everything[2]
     assert "Tom and Anna" in everything[3] and "a duck" in everything[3]
-    # A mother is in every story: nobody asks for one.
+    # Somebody may just begin.
+    assert all(
+        story.split(". ")[0] in texts for story, texts in zip(STORIES, everything, strict=True)
+    )
+    assert any(STORIES[0].startswith(text) and "." not in text for text in asked[STORIES[0]])
+    # What is in every story nobody asks for.
     assert "a man" not in everything[2] and "a day" not in everything[2]
 
 
