@@ -2,15 +2,11 @@
 
 import copy
 import json
-import sys
-import types
 
 import mlx.core as mx
 import mlx_lm
-import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm import fuse, lora
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
@@ -25,7 +21,6 @@ def write(directory, **config):
     """A checkpoint whose widths can be quantized, and the one-line file mlx-lm runs."""
     widths = {"hidden_size": 64, "num_channels": 2, "intermediate_size": 64}
     tiny.write_model(directory, **widths | config)
-    tiny.write_tokenizer(directory, eos_token="</s>")  # fine-tuning appends it
     (directory / "shim.py").write_text("from mlx_mcsd.model import Model, ModelArgs  # noqa\n")
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_file": "shim.py"}))
@@ -163,42 +158,3 @@ def test_convert_quantizes(directory, loaded, tmp_path, mode, bits):
     plain, _ = mlx_lm.load(wide, trust_remote_code=True)
     assert not any(n.endswith(".scales") for n, _ in tree_flatten(plain.parameters()))
     assert relative_error(plain(tokens), logits) <= 1e-5
-
-
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_fine_tune_and_fuse(directory, loaded, tmp_path, monkeypatch, kind):
-    """Two steps change every layer; the fused model is the adapted one."""
-    data, adapters, fused = (tmp_path / name for name in ("data", "adapters", "fused"))
-    data.mkdir()
-    for name in ("train", "valid"):
-        lines = [json.dumps({"text": text}) for text in ("a b a", "b", "a a b b a b", "a b")]
-        (data / f"{name}.jsonl").write_text("\n".join(lines))
-    settings = {
-        "model": directory,
-        "data": str(data),
-        "adapter_path": str(adapters),
-        "train": True,
-        "trust_remote_code": True,
-        "fine_tune_type": kind,
-        "iters": 2,
-        "batch_size": 2,
-        "num_layers": 2,
-        "val_batches": 1,
-        "learning_rate": 1e-2,
-        "max_seq_length": 32,
-    }
-    lora.run(types.SimpleNamespace(**lora.CONFIG_DEFAULTS | settings))
-    adapted, _ = mlx_lm.load(directory, adapter_path=str(adapters), trust_remote_code=True)
-    tokens = mx.array([PROMPTS[2]])
-    assert relative_error(adapted(tokens), loaded[0](tokens)) > 1e-3
-    if kind == "full":
-        return
-    trained = {n.split(".")[2] for n in mx.load(str(adapters / "adapters.safetensors"))}
-    assert trained == {"0", "1"}
-    argv = ["fuse", "--model", directory, "--adapter-path", str(adapters)]
-    argv += ["--save-path", str(fused), "--trust-remote-code"]
-    monkeypatch.setattr(sys, "argv", argv)
-    fuse.main()
-    whole, _ = mlx_lm.load(str(fused), trust_remote_code=True)
-    assert not any("lora" in n for n, _ in tree_flatten(whole.parameters()))
-    assert relative_error(whole(tokens), np.array(adapted(tokens))) <= 1e-5

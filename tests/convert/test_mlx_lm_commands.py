@@ -11,7 +11,6 @@ from threading import Thread
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
 import numpy as np
 import pytest
 
@@ -136,19 +135,6 @@ def test_convert_again(command, directory, loaded, tmp_path):
     command("convert", "--mlx-path", again, "--dtype", "float32", *flags)
     # Dequantized weights are those that the products use, in another order of summing.
     assert oracle.relative_error(load(again)[0](TOKENS), loaded[0](TOKENS)) <= 1e-5
-
-
-def test_lora_and_fuse(command, directory, loaded, texts, tmp_path):
-    """Adapters are trained, change the model, and are fused into one that answers as adapted."""
-    adapters, fused = tmp_path / "adapters", tmp_path / "fused"
-    flags = {"--data": texts, "--adapter-path": adapters, "--iters": 2, "--batch-size": 2}
-    flags |= {"--num-layers": 2, "--val-batches": 1, "--learning-rate": 1e-2}
-    command("lora", "--train", *(word for pair in flags.items() for word in pair))
-    command("fuse", "--adapter-path", adapters, "--save-path", fused, "--dequantize")
-    adapted, _ = mlx_lm.load(str(directory), adapter_path=str(adapters), trust_remote_code=True)
-    logits = adapted(TOKENS)
-    assert oracle.relative_error(logits, loaded[0](TOKENS)) > 1e-3
-    assert oracle.relative_error(load(fused)[0](TOKENS), logits) <= 1e-5
 
 
 def test_benchmark(command, capsys):
