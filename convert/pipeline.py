@@ -8,6 +8,7 @@ from mlx_lm.utils import save_config
 from tqdm import tqdm
 
 from mlx_mcsd.errors import MCSDError
+from mlx_mcsd.model import MODEL_FILE, SHIM
 
 from . import quantization, verify, writing
 from .checkpoint import Checkpoint
@@ -117,7 +118,7 @@ def convert(
     with writing.directory(target) as out:
         save_config(plan.config, out / "config.json")
         if model_file:
-            (out / writing.SHIM_NAME).write_text(writing.SHIM)
+            (out / MODEL_FILE).write_text(SHIM)
         copy(COPIED, source.directory, out)
         ids = add_tokenizer(source.directory, plan.args, out)
         write_weights(out, plan, Reader(source, cast, allow_nonfinite))

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from mlx_mcsd.config import ModelArgs
 from mlx_mcsd.errors import MCSDError
 from mlx_mcsd.loading import some
-from mlx_mcsd.model import Model
+from mlx_mcsd.model import MODEL_FILE, Model
 
 from . import naming, quantization
 from .inference import complete
 from .mapping import Parameter, assign
-from .writing import SHIM_NAME
 
 # Of a source's config: where its code is, and where it was.
 NOT_KEPT = ("auto_map", "_name_or_path", "model_file")
@@ -88,7 +87,7 @@ def make_plan(
     stored = str(embedding.dtype).removeprefix("mlx.core.")
     whole = {k: v for k, v in whole.items() if k not in NOT_KEPT}
     whole |= {"dtype": stored, "torch_dtype": stored}
-    whole |= {"model_file": SHIM_NAME} if model_file else {}
+    whole |= {"model_file": MODEL_FILE} if model_file else {}
     if settings:
         chosen, entry, lines = quantization.choose(model, settings, q_rules)
         for parameter in parameters:

@@ -11,10 +11,6 @@ from secrets import token_hex
 from mlx_mcsd.errors import MCSDError
 from mlx_mcsd.loading import one_line
 
-# mlx-lm imports the model from this file where a user allows it with --trust-remote-code.
-SHIM_NAME = "mcsd.py"
-SHIM = "from mlx_mcsd.model import Model, ModelArgs  # noqa: F401\n"
-
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 CARD = """---

@@ -1,14 +1,16 @@
 """Files that are whole or not there."""
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import MCSDError
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that at every moment the old one or the new one is there, whole.
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write a file at, which takes the place of ``path``, whole, when the block ends.
 
     Raises:
         MCSDError: naming the path and why the system refuses; what was there is left as it was.
@@ -16,18 +18,29 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     target = Path(os.path.realpath(path))  # replacing a link would leave its target behind
     if target.exists() and not target.is_file():
         raise MCSDError(f"cannot write {path}: it must be a file, or not be there yet.")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    # MLX tells what to write by the suffix.
+    partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
     try:
-        with open(partial, "xb") as file:
-            file.write(data)
-            file.flush()
+        open(partial, "xb").close()
+        yield partial
+        with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, target)
     except OSError as error:
-        raise MCSDError(f"cannot write {path}: {error.strerror}.") from error
+        raise MCSDError(f"cannot write {path}: {error.strerror or error}.") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write a file so that at every moment the old one or the new one is there, whole.
+
+    Raises:
+        MCSDError: see :func:`replacing`.
+    """
+    with replacing(path) as partial:
+        partial.write_bytes(data)
 
 
 def check_target(flag: str, path: str) -> None:

@@ -9,6 +9,7 @@ width, K vocabulary.
 """
 
 import math
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +23,11 @@ from .errors import MCSDError
 from .linear import Embedding, Linear
 
 __all__ = ["Model", "ModelArgs"]  # mlx-lm looks both up here
+
+# mlx-lm imports the model from this file of its directory, where a user allows it with
+# --trust-remote-code.
+MODEL_FILE = "mcsd.py"
+SHIM = "from mlx_mcsd.model import Model, ModelArgs  # noqa: F401\n"
 
 
 class MLP(nn.Module):
@@ -79,12 +85,24 @@ class Block(nn.Module):
     ) -> mx.array:
         """(B, N, D) -> (B, N, D); reads the mixer's state from the cache and leaves the new one."""
         state = None if cache is None or cache.empty() else cache.cache
-        y, state = self.mixer(self.mixer_norm(x), state, mask, reset)
+        x, state = self.read(x, state, mask, reset)
         if cache is not None:
             cache.cache = state
             cache.advance(x.shape[1])
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x))
+        return x
+
+    def read(
+        self,
+        x: mx.array,
+        state: mixers.State | None = None,
+        mask: mx.array | None = None,
+        reset: mx.array | None = None,
+        drop: Callable[[mx.array], mx.array] = lambda y: y,
+    ) -> tuple[mx.array, mixers.State]:
+        """(B, N, D) and a state -> (B, N, D) and the new state; `drop` is done to what is added."""
+        y, state = self.mixer(self.mixer_norm(x), state, mask, reset)
+        x = x + drop(y)
+        return x + drop(self.mlp(self.mlp_norm(x))), state
 
 
 class Backbone(sharding.Pipeline, nn.Module):
@@ -160,7 +178,10 @@ class Model(nn.Module):
 
     def logits(self, *args) -> mx.array:
         """Do what a call does, without the compiled step."""
-        x = self.model(*args)
+        return self.head(self.model(*args))
+
+    def head(self, x: mx.array) -> mx.array:
+        """(B, N, D) -> logits (B, N, K)."""
         return self.model.embed_tokens.as_linear(x) if self._tied else self.lm_head(x)
 
     def __getstate__(self):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_mcsd import chat, evaluate, generate, read, serve
+from mlx_mcsd import chat, evaluate, generate, read, serve, train
 from mlx_mcsd.bench import __main__ as bench
 from mlx_mcsd.convert import __main__ as convert
 
@@ -21,6 +21,7 @@ COMMANDS = {
     "mlx_mcsd.chat": chat.setup_arg_parser,
     "mlx_mcsd.read": read.setup_arg_parser,
     "mlx_mcsd.serve": serve.setup_arg_parser,
+    "mlx_mcsd.train": train.setup_arg_parser,
     "mlx_mcsd.convert": convert.setup_arg_parser,
     "mlx_mcsd.evaluate": evaluate.setup_arg_parser,
     "mlx_mcsd.bench": bench.setup_arg_parser,
