@@ -62,8 +62,10 @@ def parse_args(argv=None):
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--intermediate-size", type=int, default=352)
     parser.add_argument(
-        "--fusion", default="concat", choices=["add", "concat"], help="concat has an o_proj"
+        "--fusion", default="add", choices=["add", "concat"], help="concat has an o_proj"
     )
+    parser.add_argument("--tied", action="store_true", help="the head is the embedding")
+    parser.add_argument("--embedding-std", type=float, default=1.0, help="of its first weights")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=8, help="rows a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a row")
@@ -112,7 +114,7 @@ def make_model(args, sections, seed, bos):
         projection="dense",
         fusion=args.fusion,
         output_projection=args.fusion == "concat",
-        tie_word_embeddings=True,
+        tie_word_embeddings=args.tied,
         sections=sections,
         bos_token_id=bos,
     )
@@ -120,7 +122,8 @@ def make_model(args, sections, seed, bos):
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-            torch.nn.init.normal_(parameter, std=config.initializer_range, generator=generator)
+            std = args.embedding_std if "embed_tokens" in name else config.initializer_range
+            torch.nn.init.normal_(parameter, std=std, generator=generator)
     return model
 
 

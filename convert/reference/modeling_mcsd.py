@@ -425,8 +425,6 @@ class MCSDModel(MCSDPreTrainedModel):
                     f"[MCSDModel] attention_mask must be ({B}, {N} or more) but is {shape}."
                 )
             mask = attention_mask[:, -N:].bool()
-            # Without padding the plain form is the same and cheaper.
-            mask = None if mask.all() else mask
         if reset is None and position_ids is not None:
             reset = position_ids.expand(B, N) == 0
         read = 0 if past_key_values is None else past_key_values.seen
