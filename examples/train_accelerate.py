@@ -40,6 +40,7 @@ def parse_args(argv=None):
     parser.add_argument("--length", type=int, default=512, help="tokens a row")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU")
     return parser.parse_args(argv)
 
 
@@ -55,7 +56,8 @@ def main(argv=None):
     """Train and save."""
     args = parse_args(argv)
     accelerator = Accelerator(
-        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True)
+        cpu=args.cpu,
+        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True),
     )
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)

@@ -25,13 +25,13 @@ SIZES = {
 }
 
 
-def run_together(count, *command, **environment):
+def run_together(count, *command):
     """The same command as `count` processes of one group; returns what rank 0 printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count}
-    common |= {"LOCAL_WORLD_SIZE": count, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1}
+    common |= {"LOCAL_WORLD_SIZE": count, "OMP_NUM_THREADS": 1}
     processes = [
         subprocess.Popen(
             [sys.executable, *map(str, command)],
@@ -58,7 +58,7 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("accelerate")
     tiny.write_tokenizer(out)
     (out / "text.txt").write_text("a b ab ba\nbb aa b a b\n" * 40, encoding="utf-8")
-    flags = ["--tokenizer", out, "--data", out / "text.txt"]
+    flags = ["--cpu", "--tokenizer", out, "--data", out / "text.txt"]
     flags += [word for key, value in SIZES.items() for word in (f"--{key}", value)]
     one = run_together(1, EXAMPLE, "--out", out / "one", *flags)
     assert "1 process" in one

@@ -86,6 +86,7 @@ def test_flags_of_documented_commands_exist(line):
         assert words[:1] in (
             [],
             *(["make"], ["git"], ["cd"], ["pip"], ["python"], ["python3"]),
+            *(["accelerate"], ["torchrun"]),
         ) or (words[0].startswith(("mlx_lm.", "mlx.launch", ".venv/bin/")))
         return
     arguments = words[words.index(name) + 1 :]
