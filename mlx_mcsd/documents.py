@@ -15,7 +15,8 @@ def documents(
     """Return the documents of a file, which may be empty.
 
     A file is one document as it stands. With a separator it is what stands between separators,
-    without the white space around it. A ``.jsonl`` file has a document a line, its ``text``.
+    without the newlines around it, as in training. A ``.jsonl`` file has a document a line, its
+    ``text``.
 
     Args:
         pieces: of the file's text, cut anywhere between characters.
@@ -58,11 +59,11 @@ def split(pieces: Iterable[str], separator: str) -> Iterator[Document]:
 
 
 def strip(pieces: Iterable[str]) -> Document:
-    """Drop the white space at both ends, as ``str.strip`` does."""
-    held = None  # white space that may be the last
+    """Drop the newlines at both ends, as ``str.strip`` does."""
+    held = None  # newlines that may be the last
     for piece in pieces:
-        piece = piece.lstrip() if held is None else held + piece
-        text = piece.rstrip()
+        piece = piece.lstrip("\r\n") if held is None else held + piece
+        text = piece.rstrip("\r\n")
         if text:
             yield text
         if text or held is not None:

@@ -39,8 +39,8 @@ def setup_arg_parser() -> Parser:
     add("--adapter-path", help="a directory of adapters trained by mlx_lm.lora")
     add(
         "--separator",
-        help="what parts the documents of a text, such as '<|endoftext|>'; white space around it "
-        "is dropped. Documents parted so, and those of .jsonl, are whole: the token that ends a "
+        help="what parts the documents of a text, such as '<|endoftext|>'; newlines around it "
+        "are dropped. Documents parted so, and those of .jsonl, are whole: the token that ends a "
         "text counts for them",
     )
     add(

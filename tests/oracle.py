@@ -179,11 +179,15 @@ def logits(config, tensors, tokens, resets=None):
     return np.stack(rows)
 
 
+def log_softmax(z):
+    """Log-probabilities of logits, over the last axis."""
+    z = z - z.max(axis=-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+
+
 def loss(config, tensors, tokens):
     """Mean cross-entropy of each next token, in nats."""
-    z = logits(config, tensors, tokens)[:, :-1]  # (B, N - 1, K)
-    z = z - z.max(axis=-1, keepdims=True)
-    log_p = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+    log_p = log_softmax(logits(config, tensors, tokens)[:, :-1])  # (B, N - 1, K)
     return -np.mean(np.take_along_axis(log_p, np.asarray(tokens)[:, 1:, None], axis=-1))
 
 

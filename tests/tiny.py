@@ -23,8 +23,8 @@ VOCAB_SIZE = 272
 """Padded, as embeddings often are: the tokenizer knows fewer ids."""
 
 
-def write_tokenizer(directory, **config):
-    """Write `tokenizer.json` and `tokenizer_config.json`; <s> begins every encoding."""
+def write_tokenizer(directory, template="<s> $A", **config):
+    """Write `tokenizer.json` and `tokenizer_config.json`; by default <s> begins every encoding."""
     vocab = {piece: i for i, piece in enumerate(PIECES)}
     merges = [("▁", "a"), ("▁", "b")]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
@@ -32,7 +32,7 @@ def write_tokenizer(directory, **config):
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(template, None, [("<s>", 1)])
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"tokenizer_class": "TokenizersBackend", "bos_token": "<s>"} | config
