@@ -13,6 +13,7 @@ TASKS = {
     "batch": "latency and throughput by batch size",
     "all": "decode, prefill, memory and batch",
 }
+TRAINING = "check and time a mixer's training step: in chunks, and by the paper's square matrices"
 KERNELS = "check every Metal kernel against its plain form, then time it"
 
 
@@ -28,6 +29,11 @@ def setup_arg_parser() -> Parser:
         command = commands.add_parser(name, help=text, description=f"Measure {text}.")
         flags.add_model_arguments(command)
         command.set_defaults(run=_compare)
+    command = commands.add_parser(
+        "training", help=TRAINING, description=f"{TRAINING.capitalize()}."
+    )
+    flags.add_training_arguments(command)
+    command.set_defaults(run=_training)
     command = commands.add_parser("kernels", help=KERNELS, description=f"{KERNELS.capitalize()}.")
     flags.add_kernel_arguments(command)
     command.set_defaults(run=_kernels)
@@ -39,6 +45,12 @@ def _compare(args) -> dict:
     from . import compare
 
     return compare.run(args)
+
+
+def _training(args) -> dict:
+    from . import training
+
+    return training.run(args)
 
 
 def _kernels(args) -> dict:

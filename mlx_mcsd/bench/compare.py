@@ -12,16 +12,16 @@ from .report import machine, table
 
 
 def run(args) -> dict:
-    """Measure what the command asks for, print the table, save the rows and the plots.
+    """Measure what the command asks for; of the rows see :mod:`mlx_mcsd.bench.tasks`.
 
     Returns:
-        ``ok``, True if every model passed its gate; ``machine``; and ``rows``, see
-        :mod:`mlx_mcsd.bench.tasks`.
+        What :func:`finish` does.
 
     Raises:
         MCSDError: if the folder cannot be made.
     """
-    folder = None if args.output_dir is None else _folder(args.output_dir)
+    if args.output_dir is not None:
+        _folder(args.output_dir)  # a mistake in it should not wait for the figures
     default = flags.QUICK if args.quick else {}
     settings = tasks.Settings(
         contexts=tuple(sorted(args.contexts or default.get("contexts", flags.CONTEXTS))),
@@ -35,12 +35,25 @@ def run(args) -> dict:
     models = tasks.entries(settings)
     wanted = ("decode", "prefill", "memory", "batch") if args.task == "all" else (args.task,)
     rows = [row for name in wanted for row in getattr(tasks, name)(settings, models)]
+    failed = "decoding differs from reading at once; its speed means nothing."
+    return finish(rows, args.task, args.output_dir, failed)
+
+
+def finish(rows: list[dict], task: str, output_dir: str | None, failed: str) -> dict:
+    """Print the rows as a table, and save them and their plots where a folder is given.
+
+    Returns:
+        ``ok``, True if every row passed its gate; ``machine``; and ``rows``.
+
+    Raises:
+        MCSDError: if the folder cannot be made.
+    """
     result = {"ok": all(row["ok"] for row in rows), "machine": machine(), "rows": rows}
     print(f"{describe(result['machine'])}\n\n{table(rows)}")
     if not result["ok"]:
-        print("\nFAILED: decoding differs from reading at once; its speed means nothing.")
-    if folder is not None:
-        file = folder / f"{args.task}.json"
+        print(f"\nFAILED: {failed}")
+    if output_dir is not None:
+        file = _folder(output_dir) / f"{task}.json"
         write_atomically(file, json.dumps(result, indent=1).encode())
         print("\n" + "\n".join(map(str, [file, *_plots(result, file)])))
     return result

@@ -11,6 +11,9 @@ COLOURS = {
     "mamba2": "#1971c2",
     "rwkv7": "#d9480f",
     "recurrent_gemma": "#9c36b5",
+    "kernels": "#2b8a3e",
+    "chunked": "#1971c2",
+    "quadratic": "#868e96",
 }
 
 
@@ -29,6 +32,8 @@ def plot(rows: list[dict], title: str, path: Path) -> list[Path]:
         ("batch", "batch", "batch size", _ms, "latency of a step, ms"),
         ("batch", "batch", "batch size", _throughput, "tokens per second, by batch size"),
         ("decode", "tokens", "context length, tokens", _throughput, "tokens per second, by length"),
+        ("training", "tokens", "tokens", _throughput, "tokens per second, forwards and backwards"),
+        ("training", "tokens", "tokens", _mib, "peak memory of a training step, MiB"),
     ]
     panels = [p for p in panels if any(p[3](r) for r in rows if r["bench"] == p[0])]
     if not panels:

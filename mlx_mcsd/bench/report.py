@@ -13,6 +13,10 @@ HEADS = {
     "batch": ("model", "batch", "ms/step", "quartiles", "tokens/s", "error"),
     "prefill": ("model", "tokens", "s", "quartiles", "tokens/s", "peak MiB", "error"),
     "memory": ("model", "tokens", "state KiB", "peak MiB", "error"),
+    "training": (
+        *("form", "tokens", "ms/step", "quartiles", "tokens/s", "of quadratic", "peak MiB"),
+        "error",
+    ),
     "profile": ("part of a step", "ms", "quartiles", "of whole products"),
 }
 
@@ -56,6 +60,7 @@ def _cells(row: dict, head: tuple[str, ...]) -> tuple[str, ...]:
     seconds = row.get("seconds")
     cells = {
         "model": row["model"],
+        "form": row["model"],
         "part of a step": row.get("part", ""),
         "tokens": f"{row.get('tokens', 0):,}",
         "batch": str(row.get("batch", "")),
@@ -71,6 +76,8 @@ def _cells(row: dict, head: tuple[str, ...]) -> tuple[str, ...]:
             cells["quartiles"] = f"{seconds['low']:.2f}-{seconds['high']:.2f}"
     if "tokens_per_second" in row:
         cells["tokens/s"] = f"{row['tokens_per_second']:,.1f}"
+    if "of_quadratic" in row:
+        cells["of quadratic"] = f"{row['of_quadratic']:.1f}x"
     if "peak_bytes" in row:
         cells["peak MiB"] = f"{row['peak_bytes'] / 2**20:,.0f}"
     if "state_bytes" in row:
