@@ -90,17 +90,18 @@ class MCSDTimeline:
         counts = past & real[..., None, :] & same | itself & first[..., None]  # (B, M, T + 1, T)
         channel = torch.arange(channels, device=device)[:, None]  # (C, 1)
         self.of = {}
-        for section in set(sections):
-            # Powers and rates are taken in float64: the slowest alpha is close to 1.
-            rate = log_decays(section, channels, device)[:, None]  # (C, 1)
-            powers = torch.exp(rate * torch.arange(length + 1, device=device)).to(dtype)
+        for section in dict.fromkeys(sections):
+            rate = log_decays(section, channels)[:, None]  # (C, 1)
+            powers = torch.exp(rate * torch.arange(length + 1, device="cpu")).to(dtype).to(device)
+            rate = rate.to(dtype).to(device)
             weights = powers[channel[..., None], age[:, :, None]] * counts[:, :, None]
             left = powers[channel, clock[:, :, None]] * (reader == 0)[:, :, None]
             if section == "slope":
                 # Z_n = sum_{j=1}^{n} e^(-j beta), the weight of n past tokens (Eq. 5).
-                Z = torch.exp(rate) * torch.expm1(n[:, :, None] * rate) / torch.expm1(rate)
-                share = F.pad(1 / Z.masked_fill(n[:, :, None] == 0, 1.0), (0, 1), value=1.0)
-                share = share.to(dtype)  # (B, M, C, T + 1)
+                count = n[:, :, None].to(dtype)  # (B, M, 1, T)
+                Z = torch.exp(rate) * torch.expm1(count * rate) / torch.expm1(rate)
+                share = 1 / Z.masked_fill(count == 0, 1.0)  # (B, M, C, T)
+                share = F.pad(share, (0, 1), value=1.0)  # (B, M, C, T + 1)
                 weights, left = weights * share[..., None], left * share
             # (B, M, C, T + 1, T) and (B, M, C, T + 1, 1)
             self.of[section] = weights, left[..., None]
@@ -138,9 +139,12 @@ class MCSDTimeline:
         return reads.transpose(2, 3).flatten(1, 2)[:, :N], h
 
 
-def log_decays(section, channels, device):
-    """Logarithms of lambda, (C,) float64: -beta (Eq. 2) or log alpha (Eq. 8)."""
-    i = torch.arange(channels, dtype=torch.float64, device=device)
+def log_decays(section, channels):
+    """Logarithms of lambda: -beta (Eq. 2) or log alpha (Eq. 8); (C,) float64.
+
+    In float64, since the slowest alpha is close to 1, and so on the CPU: not every device has it.
+    """
+    i = torch.arange(channels, dtype=torch.float64, device="cpu")
     if section == "slope":
         return -(2.0 ** (-8.0 * (i + 1) / channels))
     return torch.log1p(-(2.0 ** (-5.0 - i)))
