@@ -226,7 +226,7 @@ def write_table(runs, facts, path):
         )
     lines += [
         "",
-        "| paper's order | its difference | here, worse - better | |",
+        "| paper's order | its difference | here | verdict |",
         "| --- | --- | --- | --- |",
         *verdicts(runs),
         "",
@@ -257,7 +257,7 @@ def draw(runs, path):
     left.set_ylim(low - 0.1 * (high - low), high)
     left.legend(frameon=False, fontsize=8)
     right.set(xlabel="loss on unseen stories, nats a token", title="Each seed, and the mean")
-    right.set_yticks(range(len(runs)), [f"{name}\n(paper {PAPER[name]:g})" for name in runs])
+    right.set_yticks(range(len(runs)), [f"{name}\n(paper {PAPER[name]:.3f})" for name in runs])
     right.invert_yaxis()
     for axes in (left, right):
         axes.grid(alpha=0.25)
@@ -294,7 +294,8 @@ def main(argv=None):
     facts = (
         f"{args.layers} layers, D = {args.hidden_size}, C = {args.channels}, "
         f"F = {args.intermediate_size}, K = {args.vocab_size}, "
-        f"dense projections, fusion {args.fusion}, tied head; "
+        f"dense projections, fusion {args.fusion}, "
+        f"{'tied' if args.tied else 'untied'} head, embedding first N(0, {args.embedding_std:g}²); "
         f"{seen:,} tokens a run out of {available:,}, {args.batch} rows of {args.length} a step; "
         f"AdamW, peak rate {args.lr:g}; {len(unseen)} unseen stories of {characters:,} characters. "
         "Behind ± in the first table: the standard deviation over the seeds; in the second: "
