@@ -137,7 +137,7 @@ CURVES = {
     "C = 8, noise of values": (learn_needle, partial(make_model, 32, 8), {"own_kind": True}),
 }
 STYLES = {
-    **{"D = 16, C = 8": "#b2f2bb", "D = 32, C = 8": "#69db7c", "D = 64, C = 8": "#2b8a3e"},
+    **{"D = 16, C = 8": "#a9d8a0", "D = 32, C = 8": "#69db7c", "D = 64, C = 8": "#2b8a3e"},
     **{"C = 2, other noise": "#d9480f", "C = 4, other noise": "#9c36b5"},
     **{"C = 8, other noise": "#1971c2", "C = 8, noise of values": "#1971c2"},
 }
@@ -176,6 +176,8 @@ def picture(pairs, needle):
     left.minorticks_off()
     for C in (2, 4, 8):
         middle.axvline(2 ** (4 + C), color=STYLES[f"C = {C}, other noise"], lw=0.8, ls=":")
+    middle.set_xticks(DISTANCES[1::2], DISTANCES[1::2], fontsize=8)
+    middle.minorticks_off()
     middle.set(xlabel="tokens since the value", title="Keeping one value, D = 32 (dotted: 2^(4+C))")
     figure.tight_layout()
     figure.savefig(buffer := io.BytesIO(), format="png")

@@ -6,6 +6,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 from .errors import MCSDError
 
@@ -29,6 +30,9 @@ class Source:
         self.names = names
         self.bytes, self.total = 0, 0
         for name in names:
+            if name != "-" and Path(name).is_fifo():  # opened twice, it would have lost its text
+                self.total = None
+                continue
             with self._open(name) as file:
                 status = os.fstat(file.fileno())
                 stream = self.total is None or not stat.S_ISREG(status.st_mode)

@@ -3,7 +3,9 @@
 import io
 import json
 import math
+import os
 import sys
+import threading
 import tracemalloc
 
 import mlx.core as mx
@@ -223,6 +225,18 @@ def test_standard_input(run, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "stdin", stdin)
         code, out, _ = run("-", "--json")
     assert code == 0 and out == by_name.replace("whole.txt", "-")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_named_pipe_is_opened_once(run, tmp_path):
+    write_files(tmp_path)
+    by_name = run("whole.txt", "--json")[1]
+    os.mkfifo("pipe")
+    data = (tmp_path / "whole.txt").read_bytes()
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(data,), daemon=True)
+    writer.start()
+    code, out, _ = run("pipe", "--json")
+    assert code == 0 and out == by_name.replace("whole.txt", "pipe")
 
 
 def test_quantized_models_are_scored(tmp_path, run):

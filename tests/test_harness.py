@@ -175,6 +175,20 @@ def test_a_local_task_is_scored(run, checkpoint, loaded, task):
     assert float(cells[7]) == pytest.approx(np.mean(right[:3]), abs=1e-3)
 
 
+def test_what_mlx_lm_prints_is_no_part_of_the_json(run, loaded, task):
+    text = generate(*loaded, "ab", max_tokens=1)
+    with open(task, "w") as file:
+        file.write(
+            "task: told\ncustom_dataset: !function local.pairs\ntest_split: test\n"
+            "output_type: generate_until\ndoc_to_text: ab\n"
+            f"doc_to_target: {json.dumps(text)}\ngeneration_kwargs:\n  until: ['\\0']\n"
+            "metric_list:\n  - metric: exact_match\n"
+        )
+    code, out, err = run("--tasks", task, "--limit", "2", "--max-tokens", "1", "--json")
+    assert code == 0 and "tokens-per-sec" in err
+    assert json.loads(out)["tasks"]["told"]["exact_match,none"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("argv", "wanted"),
     [
