@@ -366,8 +366,11 @@ class MCSDPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding, MCSDChannelLinear)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, (MCSDRMSNorm, MCSDChannelNorm)):
+        elif isinstance(module, MCSDRMSNorm):
             nn.init.ones_(module.weight)
+        elif isinstance(module, MCSDChannelNorm):
+            # A normalised average of the past at full size would drown the embeddings at first.
+            nn.init.constant_(module.weight, self.config.initializer_range)
 
     @classmethod
     def _supports_default_dynamic_cache(cls):

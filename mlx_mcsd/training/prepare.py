@@ -112,7 +112,9 @@ def _ids(file: Path) -> int:
 def make_model(config: TrainConfig, run: Path) -> Model:
     """The model to begin with, in float32: another's weights, or fresh ones from the seed.
 
-    Fresh matrices are normal with the standard deviation `initializer_range`, gains are 1.
+    Fresh matrices are normal with the standard deviation `initializer_range`, gains are 1; those of
+    the decay norm are `initializer_range`, because a normalised average of the past at full size
+    would drown the embeddings at first.
     """
     if config.init_from:
         return loading.load_model(loading.resolve(config.init_from), dtype=mx.float32)
@@ -123,6 +125,8 @@ def make_model(config: TrainConfig, run: Path) -> Model:
         if weight.ndim > 1:
             key, mine = mx.random.split(key)
             weight = args.initializer_range * mx.random.normal(weight.shape, key=mine)
+        elif "decay_norm" in name:
+            weight = mx.full(weight.shape, args.initializer_range)
         fresh.append((name, weight))
     model.update(tree_unflatten(fresh))
     return model
