@@ -64,9 +64,8 @@ def parse_args(argv=None):
     parser.add_argument(
         "--fusion", default="add", choices=["add", "concat"], help="concat has an o_proj"
     )
-    parser.add_argument("--tied", action="store_true", help="the head is the embedding")
-    parser.add_argument("--embedding-std", type=float, default=1.0, help="of its first weights")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--decay-gain", type=float, default=0.02, help="of fresh decay norms")
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=8, help="rows a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a row")
     parser.add_argument("--lr", type=float, default=3e-3)
@@ -114,7 +113,7 @@ def make_model(args, sections, seed, bos):
         projection="dense",
         fusion=args.fusion,
         output_projection=args.fusion == "concat",
-        tie_word_embeddings=args.tied,
+        tie_word_embeddings=True,
         sections=sections,
         bos_token_id=bos,
     )
@@ -122,8 +121,10 @@ def make_model(args, sections, seed, bos):
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-            std = args.embedding_std if "embed_tokens" in name else config.initializer_range
+            std = config.initializer_range
             torch.nn.init.normal_(parameter, std=std, generator=generator)
+        elif "decay_norm" in name:
+            torch.nn.init.constant_(parameter, args.decay_gain)
     return model
 
 
@@ -295,7 +296,7 @@ def main(argv=None):
         f"{args.layers} layers, D = {args.hidden_size}, C = {args.channels}, "
         f"F = {args.intermediate_size}, K = {args.vocab_size}, "
         f"dense projections, fusion {args.fusion}, "
-        f"{'tied' if args.tied else 'untied'} head, embedding first N(0, {args.embedding_std:g}²); "
+        f"tied head, decay norms begin at {args.decay_gain:g}; "
         f"{seen:,} tokens a run out of {available:,}, {args.batch} rows of {args.length} a step; "
         f"AdamW, peak rate {args.lr:g}; {len(unseen)} unseen stories of {characters:,} characters. "
         "Behind ± in the first table: the standard deviation over the seeds; in the second: "
