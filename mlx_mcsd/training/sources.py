@@ -168,7 +168,7 @@ def to_record(content: Any, place: str) -> Record:
     Raises:
         MCSDError: naming the place, if it has none of them or they are no texts.
     """
-    keys = content.keys() if isinstance(content, dict) else ()
+    keys = set(content) if isinstance(content, dict) else set()
     if {"prompt", "completion"} <= keys:
         prompt, completion = content["prompt"], content["completion"]
         if not (isinstance(prompt, str) and isinstance(completion, str)):
@@ -182,8 +182,8 @@ def to_record(content: Any, place: str) -> Record:
         return Record([json.dumps(turns)], messages=turns)
     if "text" in keys and isinstance(content["text"], str):
         return Record([content["text"]])
-    found = f"has {', '.join(map(str, keys)) or 'none'}" if keys else "has none"
-    _fail(f"{place} must have text, prompt and completion, or messages but {found}.")
+    found = ", ".join(sorted(keys)) or "none"
+    _fail(f"{place} must have text, prompt and completion, or messages but has {found}.")
 
 
 def _is_message(message: Any) -> bool:

@@ -40,25 +40,29 @@ def forward(
     Returns:
         (B, N, K), and states.
     """
-    x, after = model.model.embed_tokens(inputs), []  # (B, N, D)
-    keys = mx.random.split(key, len(model.layers)) if dropout else [None] * len(model.layers)
-    for layer, state, layer_key in zip(model.layers, states, keys, strict=True):
+    x, after = model.model.embed_tokens(inputs), {}  # (B, N, D)
+    keys = mx.random.split(key, 2 * len(model.layers)) if dropout else None
 
-        def read(parameters, x, state, key, layer=layer):
+    def read(layer, i):
+        def run(parameters, x):
             layer.update(parameters)
-            if key is None:
-                return layer.read(x, state, None, reset)
-            mixer_and_mlp = iter(mx.random.split(key))
-            return layer.read(x, state, None, reset, lambda y: drop(y, next(mixer_and_mlp)))
+            masks = iter(keys[2 * i : 2 * i + 2] if dropout else ())
+            x, state = layer.read(x, states[i], None, reset, lambda y: drop(y, masks))
+            # Only what has a gradient may pass through a checkpoint; this is its first computation.
+            after.setdefault(i, state)
+            return x
 
-        def drop(y, key):
-            kept = mx.random.bernoulli(1 - dropout, y.shape, key)
-            return mx.where(kept, y / (1 - dropout), 0).astype(y.dtype)
+        return mx.checkpoint(run) if again else run
 
-        read = mx.checkpoint(read) if again else read
-        x, state = read(layer.parameters(), x, state, layer_key)
-        after.append(state)
-    return model.head(model.model.norm(x)), after
+    def drop(y, masks):
+        if not dropout:
+            return y
+        kept = mx.random.bernoulli(1 - dropout, y.shape, next(masks))
+        return mx.where(kept, y / (1 - dropout), 0).astype(y.dtype)
+
+    for i, layer in enumerate(model.layers):
+        x = read(layer, i)(layer.parameters(), x)
+    return model.head(model.model.norm(x)), [after[i] for i in range(len(model.layers))]
 
 
 def nats(logits: mx.array, targets: mx.array, scored: mx.array) -> mx.array:
