@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -76,7 +77,7 @@ class Run:
         config, asked = self.config, False
         with Interrupts() as interrupts:
             while self.facts["step"] < config.iters and not asked:
-                asked = self._step(interrupts.asked)
+                asked = self._step(lambda: interrupts.asked)
                 step = self.facts["step"]
                 last = step == config.iters
                 if step % config.steps_per_report == 0 or last:
@@ -152,7 +153,7 @@ class Run:
         step = self.facts["step"]
         self.report.say(f"{text}; going on behind step {step}" if step else text)
 
-    def _step(self, asked: bool) -> bool:
+    def _step(self, asked: Callable[[], bool]) -> bool:
         """Take a step; whether some machine asks to stop."""
         number, facts = self.facts["step"], self.facts
         segment = self.streams.segment(number)

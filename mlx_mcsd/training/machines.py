@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import MCSDError
 
@@ -40,25 +41,28 @@ def from_first(group: mx.distributed.Group, make: Callable[[], Any]) -> Any:
 
 def broadcast(tree: Any, group: mx.distributed.Group) -> Any:
     """Return the first machine's arrays on every one; the others give arrays like them."""
-    if group.size() == 1:
-        return tree
 
     def share(a):
-        mine = a if group.rank() == 0 else mx.zeros_like(a)
-        return mx.distributed.all_sum(mine, group=group)
+        return mx.distributed.all_sum(a if group.rank() == 0 else mx.zeros_like(a), group=group)
 
-    shared = tree_map(share, tree)
-    mx.eval(shared)
-    return shared
+    return _one_by_one(share, tree, group)
 
 
 def gather(tree: Any, group: mx.distributed.Group) -> Any:
     """Return all machines' arrays, joined along the first axis in the order of the machines."""
+    return _one_by_one(lambda a: mx.distributed.all_gather(a, group=group), tree, group)
+
+
+def _one_by_one(exchange, tree, group):
+    """Exchange arrays in the order of their names: messages must leave alike on every machine."""
     if group.size() == 1:
         return tree
-    joined = tree_map(lambda a: mx.distributed.all_gather(a, group=group), tree)
-    mx.eval(joined)
-    return joined
+    exchanged = []
+    for name, array in sorted(tree_flatten({"tree": tree}), key=itemgetter(0)):
+        mx.eval(array)
+        exchanged.append((name, exchange(array)))
+        mx.eval(exchanged[-1][1])
+    return tree_unflatten(exchanged)["tree"]
 
 
 def part_of(tree: Any, group: mx.distributed.Group) -> Any:

@@ -38,9 +38,7 @@ def prepare(config: TrainConfig, run: Path) -> None:
     split = None if valid or not config.val_fraction else Split(found, config.val_fraction)
     tokenizer = _add_tokenizer(config, run, train, found, split)
     if found.messages and not tokenizer.has_chat_template:
-        print(
-            "The tokenizer has no chat template: taking a plain one, <|role|> before each message."
-        )
+        print("The tokenizer has no chat template: each message is put behind its <|role|>.")
         write_atomically(run / "chat_template.jinja", vocabulary.TEMPLATE.encode())
         tokenizer = loading.load_tokenizer(run)
     K = ModelArgs.from_dict(loading.read_config(run)).vocab_size

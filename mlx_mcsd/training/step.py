@@ -8,6 +8,7 @@ Letters: B rows, N tokens, D features, K vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -47,22 +48,23 @@ def forward(
         def run(parameters, x):
             layer.update(parameters)
             masks = iter(keys[2 * i : 2 * i + 2] if dropout else ())
-            x, state = layer.read(x, states[i], None, reset, lambda y: drop(y, masks))
+            thinned = (lambda y: drop(y, dropout, next(masks))) if dropout else lambda y: y
+            x, state = layer.read(x, states[i], None, reset, thinned)
             # Only what has a gradient may pass through a checkpoint; this is its first computation.
             after.setdefault(i, state)
             return x
 
         return mx.checkpoint(run) if again else run
 
-    def drop(y, masks):
-        if not dropout:
-            return y
-        kept = mx.random.bernoulli(1 - dropout, y.shape, next(masks))
-        return mx.where(kept, y / (1 - dropout), 0).astype(y.dtype)
-
     for i, layer in enumerate(model.layers):
         x = read(layer, i)(layer.parameters(), x)
     return model.head(model.model.norm(x)), [after[i] for i in range(len(model.layers))]
+
+
+def drop(y: mx.array, rate: float, key: mx.array) -> mx.array:
+    """Dropout: zero a part of the numbers, and scale up the rest to the same mean."""
+    kept = mx.random.bernoulli(1 - rate, y.shape, key)
+    return mx.where(kept, y / (1 - rate), 0).astype(y.dtype)
 
 
 def nats(logits: mx.array, targets: mx.array, scored: mx.array) -> mx.array:
@@ -134,8 +136,10 @@ class Stepper:
         """The states of rows that have read nothing."""
         return [layer.mixer.init_state(rows) for layer in self.model.layers]
 
-    def __call__(self, number: int, segment: Segment, asked: bool = False) -> Result:
-        """Learn the segment of a step; ``asked`` whether this machine asks to stop."""
+    def __call__(
+        self, number: int, segment: Segment, asked: Callable[[], bool] = lambda: False
+    ) -> Result:
+        """Learn the segment of a step; ``asked`` tells whether this machine asks to stop."""
         if self._gradients is None:  # not earlier: a checkpoint replaces what is compiled in
             self._compile()
         ranks, rank = self.group.size(), self.group.rank()
@@ -163,9 +167,9 @@ class Stepper:
         rate = mx.array(learning_rate(self.config, number))
         norm = self._update(total, rate)
         mx.eval(self.model.parameters(), self.optimizer.state, norm)
-        sums = mx.distributed.all_sum(mx.stack([loss, mx.array(float(asked))]), group=self.group)
-        loss, asked = sums.tolist()
-        return Result(loss, norm.item(), asked > 0)
+        sums = mx.stack([loss, mx.array(float(asked()))])
+        loss, asking = mx.distributed.all_sum(sums, group=self.group).tolist()
+        return Result(loss, norm.item(), asking > 0)
 
     def logits(self, inputs: mx.array, states: States, reset: mx.array):
         """`forward` without dropout, in the dtype of the computation."""
