@@ -97,7 +97,7 @@ class Streams:
             cuts[:, 0] &= (first == 0) | self._begins(number)
         else:
             cuts[:, 0] = True
-        scored = known & ~cuts & (places >= np.maximum(prompts, 1))
+        scored = known & ~cuts & (places >= prompts)
         return Segment(tokens[:, :-1], tokens[:, 1:], scored[:, 1:], cuts[:, :-1] & known[:, :-1])
 
     def named(self, number: int) -> list[int]:
