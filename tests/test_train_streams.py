@@ -100,6 +100,23 @@ def test_pack_cuts_no_document_that_fits(rows, N=30):
         assert len(homes) == 1 or length > N
 
 
+@pytest.mark.parametrize("forget", [0.25, 1.0])
+def test_some_segments_begin_anew(forget, N=8):
+    """In the middle of a document, whose tokens are learned all the same."""
+    plain, other = (Streams(Documents([40_000]), 4, N, 0, forget=f) for f in (0.0, forget))
+    begun = []
+    for number in range(200):
+        a, b = plain.segment(number), other.segment(number)
+        np.testing.assert_array_equal(a.inputs, b.inputs)
+        np.testing.assert_array_equal(a.scored, b.scored)
+        assert (not b.reset[:, 1:].any() and not a.reset.any()) or number == 0
+        begun.append(b.reset[:, 0])
+    begun = np.array(begun)
+    assert begun.mean() == pytest.approx(forget, abs=0.05)
+    assert forget == 1.0 or len({row.tobytes() for row in begun.T}) == 4, "each row by itself"
+    np.testing.assert_array_equal(other.segment(7).reset, other.segment(7).reset)
+
+
 def test_named():
     streams = Streams(Documents(LENGTHS), 2, 16, seed=0)
     for number in range(10):

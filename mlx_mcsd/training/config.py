@@ -114,6 +114,11 @@ class TrainConfig:
         256, "N, tokens of a row read in a step; the next step goes on with the state", low=1
     )
     pack: bool = _fixed(False, "cut no document that fits into N tokens; pads rows")
+    forget: float = _fixed(
+        0.1,
+        "part of the steps in which a row begins with an empty state, to learn how a text begins",
+        low=0,
+    )
     grad_accumulation_steps: int = _fixed(
         1, "batches of rows, one after the other, to each step of the optimiser", low=1
     )

@@ -57,6 +57,7 @@ class Run:
             N,
             config.seed,
             config.pack,
+            config.forget,
         )
         self._take_up()
         self.held_out = None

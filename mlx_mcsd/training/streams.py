@@ -43,11 +43,23 @@ class Streams:
         seed: of the order of the documents; None keeps theirs.
         pack: begin a document that would be cut, but fits into a segment, with the next segment.
 
+        forget: part of the segments that begin as if nothing had been read, so that a model
+            trained on few long documents knows how to begin too.
+
     Raises:
         MCSDError: if there are fewer tokens than rows.
     """
 
-    def __init__(self, documents, rows: int, length: int, seed: int | None, pack: bool = False):
+    def __init__(
+        self,
+        documents,
+        rows: int,
+        length: int,
+        seed: int | None,
+        pack: bool = False,
+        forget: float = 0.0,
+    ):
+        self.forget = forget
         self.documents, self.rows, self.length = documents, rows, length
         self.seed, self.pack = seed, pack
         if documents.tokens.size < 2 * rows:
@@ -97,6 +109,8 @@ class Streams:
             cuts[:, 0] &= (first == 0) | self._begins(number)
         else:
             cuts[:, 0] = True
+        if self.forget:
+            cuts[:, 0] |= np.random.default_rng([self.seed, number]).random(self.rows) < self.forget
         scored = known & ~cuts & (places >= prompts)
         return Segment(tokens[:, :-1], tokens[:, 1:], scored[:, 1:], cuts[:, :-1] & known[:, :-1])
 
