@@ -79,7 +79,7 @@ def read_data(args):
     train, unseen = load_stories(args.stories, args.lower)
     tokenizer = args.out / "tokenizer.model"
     if not tokenizer.exists():
-        tokenizer.write_bytes(train_sentencepiece(train, args.vocab_size))
+        write_atomically(tokenizer, train_sentencepiece(train, args.vocab_size))
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.read_bytes())
     bos, eos = processor.bos_id(), processor.eos_id()
 

@@ -10,15 +10,12 @@ target must not exist yet.
 
 import argparse
 import json
-import math
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import stories_replies
 import train_stories
 from mlx_lm import generate
@@ -26,6 +23,9 @@ from mlx_lm.sample_utils import make_sampler
 from tqdm import tqdm
 
 from mlx_mcsd import load
+from mlx_mcsd.convert.__main__ import main as convert
+from mlx_mcsd.errors import exits_cleanly
+from mlx_mcsd.scoring import score
 
 PROMPTS = [
     "Once upon a time",
@@ -34,16 +34,6 @@ PROMPTS = [
     "It was a rainy day, and the little bird was sad because",
     '"Mom, can I have a cookie?" asked Ben.',
 ]
-
-
-def bits_per_character(model, tokenizer, texts):
-    """Bits per character of whole texts, the end included, each from an empty state."""
-    nats = 0.0
-    for text in tqdm(texts, unit="story", desc="measuring"):
-        tokens = mx.array([*tokenizer.encode(text), tokenizer.eos_token_id])
-        logits = model(tokens[None, :-1])
-        nats += nn.losses.cross_entropy(logits[0], tokens[1:], reduction="sum").item()
-    return nats / math.log(2) / sum(map(len, texts))
 
 
 def quote(text):
@@ -69,6 +59,7 @@ def as_typed(argv):
     return shlex.join(["python", "examples/bundle_stories.py", *words])
 
 
+@exits_cleanly
 def main(argv=None):
     """Train, convert, measure, write the card."""
     argv = sys.argv[1:] if argv is None else argv
@@ -82,10 +73,9 @@ def main(argv=None):
     args, training = parser.parse_known_args(argv)
     if training:
         train_stories.main(["--out", str(args.run), *training])
-    convert = [sys.executable, "-m", "mlx_mcsd.convert", "--hf-path", args.run / "hf"]
-    convert += ["--mlx-path", args.mlx_path, "--dtype", args.dtype]
-    convert += ["-q", "--q-bits", str(args.q_bits)] if args.q_bits else []
-    subprocess.run(convert, check=True)
+    words = ["--hf-path", args.run / "hf", "--mlx-path", args.mlx_path, "--dtype", args.dtype]
+    words += ["-q", "--q-bits", args.q_bits] if args.q_bits else []
+    convert([*map(str, words)])
     shutil.copyfile(args.run / "loss.png", args.mlx_path / "loss.png")
 
     facts = json.loads((args.run / "facts.json").read_text())
@@ -93,13 +83,15 @@ def main(argv=None):
     settings = json.loads((args.mlx_path / "generation_config.json").read_text())
     model, tokenizer = load(args.mlx_path)
     shape = vars(model.args)
+    stories = tqdm(unseen, unit="story", desc="measuring", disable=None)
+    measured = score(model, tokenizer, ([story] for story in stories))
     counts, replies = stories_replies.measure(args.mlx_path, args.replies)
     options = facts["options"]
     template = Path(__file__).with_name("stories_card.md").read_text()
     card = template.format(
         parameters=facts["parameters"] / 1e6,
         form=f"{args.q_bits} bits a weight" if args.q_bits else args.dtype,
-        bits=bits_per_character(model, tokenizer, unseen),
+        bits=measured.bits_per_character,
         reference_bits=facts["bits_per_character_unseen"],
         unseen_stories=facts["unseen"]["stories"],
         unseen_characters=facts["unseen"]["characters"],

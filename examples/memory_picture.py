@@ -14,13 +14,18 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot
 
+from mlx_mcsd.errors import MCSDError, exits_cleanly
 from mlx_mcsd.mixers.mcsd import decays, slopes
 
 HIDDEN, CHANNELS, LAYERS = 2560, 10, 12
 
 
-def main(path):
-    """Write the picture to path."""
+@exits_cleanly
+def main(argv=None):
+    """Write the picture to the path that is named."""
+    paths = sys.argv[1:] if argv is None else argv
+    if len(paths) != 1:
+        raise MCSDError("expected the picture's path; try: memory_picture.py docs/memory.png")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), dpi=110)
     ago = np.unique(np.geomspace(1, 200_000, 400).astype(int))
     sections = (
@@ -57,10 +62,8 @@ def main(path):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(paths[0])
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("error: expected the picture's path; try: memory_picture.py docs/memory.png")
-    main(sys.argv[1])
+    main()

@@ -11,22 +11,23 @@ the best of three. On MLX's CPU backend scales are loaded as float32, the fastes
 import argparse
 import os
 import platform
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it remarks on every config it reads
 
 import mlx.core as mx
-from bundle_stories import bits_per_character
 from mlx_lm import stream_generate
 from mlx_lm.utils import dequantize_model
 from stories_text import read_text, repair, split_stories
+from tqdm import tqdm
 
 from mlx_mcsd import load
 from mlx_mcsd.convert.pipeline import convert
+from mlx_mcsd.errors import MCSDError, exits_cleanly
 from mlx_mcsd.files import write_atomically
 from mlx_mcsd.loading import resolve
+from mlx_mcsd.scoring import score
 
 SETTINGS = {
     **{dtype: {"dtype": dtype} for dtype in ("float32", "float16", "bfloat16")},
@@ -46,6 +47,7 @@ def speed(model, tokenizer, prompt, tokens):
     return best
 
 
+@exits_cleanly
 def main(argv=None):
     """Convert, measure and print one setting after the other."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -57,7 +59,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     stories = split_stories(repair(read_text(args.text)))
     if not stories:
-        sys.exit(f"error: {args.text} must hold a story that ends in a full stop but holds none.")
+        raise MCSDError(f"{args.text} must hold a story that ends in a full stop but holds none.")
     lines = [HEADER]
     print(HEADER)
     for name, options in SETTINGS.items():
@@ -69,7 +71,8 @@ def main(argv=None):
             rate = speed(model, tokenizer, args.prompt, args.tokens)
             model = dequantize_model(model)
             model.set_dtype(mx.float32)
-            bits = bits_per_character(model, tokenizer, stories)
+            documents = ([story] for story in tqdm(stories, desc=name, disable=None))
+            bits = score(model, tokenizer, documents).bits_per_character
         lines.append(
             f"| {name} | {report.bytes / 1e6:.1f} | {weight:.2f} | {bits:.4f} | {rate:.0f} |"
         )

@@ -14,10 +14,13 @@ from collections import Counter
 from pathlib import Path
 
 import mlx.core as mx
+from mlx_lm.sample_utils import make_sampler
 from tqdm import tqdm
 
 from mlx_mcsd import load
 from mlx_mcsd.conversation import encode, render
+from mlx_mcsd.errors import exits_cleanly
+from mlx_mcsd.files import write_atomically
 from mlx_mcsd.generation import stream_generate
 from mlx_mcsd.sampling import SETTINGS, model_defaults
 
@@ -42,6 +45,7 @@ ASK = (
     "Story about {name} and the big {thing}",
     "My daughter {name} wants a story about a {hero}.",
 )
+COUNTED = ("named", "loops", "ended")
 
 
 def make_requests(count, seed):
@@ -83,8 +87,6 @@ def measure(directory, count=100, seed=0):
     Returns:
         A dict of counts, and the replies as a list of dicts.
     """
-    from mlx_lm.sample_utils import make_sampler
-
     model, tokenizer = load(directory)
     settings = {name: default for name, (_, _, default) in SETTINGS.items()}
     settings |= model_defaults(Path(directory))
@@ -103,10 +105,11 @@ def measure(directory, count=100, seed=0):
                 "ended": reason == "stop",
             }
         )
-    counts = {key: sum(r[key] for r in replies) for key in ("named", "loops", "ended")}
+    counts = {key: sum(r[key] for r in replies) for key in COUNTED}
     return {"replies": count, **counts}, replies
 
 
+@exits_cleanly
 def main(argv=None):
     """Measure, and write every reply down to be read."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -118,15 +121,11 @@ def main(argv=None):
     counts, replies = measure(args.model, args.count, args.seed)
     print(json.dumps(counts))
     if args.out:
-        args.out.write_text(
-            "\n\n".join(
-                f"**{r['request']}** "
-                + " ".join(f"[{k}: {r[k]}]" for k in ("named", "loops", "ended"))
-                + f"\n\n{r['reply']}"
-                for r in replies
-            )
-            + "\n"
-        )
+        texts = []
+        for r in replies:
+            found = " ".join(f"[{key}: {r[key]}]" for key in COUNTED)
+            texts.append(f"**{r['request']}** {found}\n\n{r['reply']}\n")
+        write_atomically(args.out, "\n".join(texts).encode())
 
 
 if __name__ == "__main__":

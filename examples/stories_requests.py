@@ -14,6 +14,8 @@ from collections import Counter
 
 from stories_text import load_stories
 
+from mlx_mcsd.errors import exits_cleanly
+
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
 
 # A message of the assistant ends like a story; there is nobody else to speak, so that what a system
@@ -308,6 +310,7 @@ def conversations(stories, requests, rng, *, plain, rename):
     return documents
 
 
+@exits_cleanly
 def main(argv=None):
     """Print what the requests look like."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -321,7 +324,7 @@ def main(argv=None):
     asked = [requests.request(story, rng) for story in stories]
     print(f"{len(stories)} stories, {len(set(asked))} different requests")
     print(f"{sum(bool(NAMED.search(s[:300])) for s in stories)} stories introduce somebody")
-    for story in rng.sample(stories, args.samples):
+    for story in rng.sample(stories, min(args.samples, len(stories))):
         story = requests.rename(story, rng, wide=True)
         print(f"\n{USER}{requests.request(story, rng)}\n{ASSISTANT}{story[:160]}...")
 

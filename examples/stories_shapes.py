@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mlx_mcsd.errors import exits_cleanly
 from mlx_mcsd.files import write_atomically
 
 BASE = {"hidden_size": 256, "layers": 5, "intermediate_size": 768}
@@ -59,6 +60,7 @@ def table(results):
     return "\n".join(lines) + "\n"
 
 
+@exits_cleanly
 def main(argv=None):
     """Run what has not ended yet; flags of train_stories.py are passed on."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -80,7 +82,8 @@ def main(argv=None):
             command = [sys.executable, script, "--out", out, "--stories", *args.stories]
             command += ["--lower", *args.lower, *flags, *more]
             print(f"{name}: {steps} steps", file=sys.stderr)
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            if status := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+                sys.exit(status)  # it has said why
         facts = json.loads((out / "facts.json").read_text())
         config = json.loads((out / "hf" / "config.json").read_text())
         results[name] = facts | {key: config[key] for key in ("projection", "fusion")}

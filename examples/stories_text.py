@@ -9,7 +9,8 @@ import lzma
 import random
 import re
 from collections import Counter, defaultdict
-from pathlib import Path
+
+from mlx_mcsd.errors import MCSDError
 
 SEPARATOR = "<|endoftext|>"
 GIVEN = re.compile(r"\b(?:named|called|name was|name is) ([a-z]{3,})\b")
@@ -19,8 +20,13 @@ WORD = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*|[^A-Za-z]")
 def read_text(path):
     """The text of a UTF-8 file, plain or .xz."""
     opener = lzma.open if str(path).endswith(".xz") else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        return file.read()
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise MCSDError(f"cannot read {path}: {error.strerror}.") from error
+    except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
+        raise MCSDError(f"{path} must be UTF-8 text, plain or .xz, but: {error}.") from error
 
 
 def repair(text):
@@ -149,6 +155,11 @@ def load_stories(cased, lower=(), share=0.05, seed=0):
         (training stories, held-out stories), lists of strings.
     """
     stories = [s for path in cased for s in split_stories(repair(read_text(path)))]
+    if len(stories) < 2:
+        raise MCSDError(
+            f"{', '.join(map(str, cased))} must hold two stories or more, one of them to hold out, "
+            f"but holds {len(stories)}; {SEPARATOR} stands between stories."
+        )
     train, unseen = held_out(stories, share, seed)
     if lower:
         truecase = Truecaser(train)
@@ -162,7 +173,7 @@ def load_stories(cased, lower=(), share=0.05, seed=0):
 def load_books(paths, length=2000):
     """Passages of about ``length`` characters from longer texts, cut between paragraphs."""
     passages = []
-    for path in map(Path, paths):
+    for path in paths:
         passage = ""
         for paragraph in re.split(r"\n\s*\n", repair(read_text(path))):
             paragraph = " ".join(paragraph.split())

@@ -23,6 +23,9 @@ from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 
 from mlx_mcsd.convert.reference.configuration_mcsd import MCSDConfig
 from mlx_mcsd.convert.reference.modeling_mcsd import MCSDForCausalLM
+from mlx_mcsd.errors import MCSDError, exits_cleanly
+from mlx_mcsd.files import write_atomically
+from mlx_mcsd.source import Source
 
 
 def parse_args(argv=None):
@@ -30,7 +33,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--tokenizer", required=True, help="folder or hub id of a tokenizer")
-    parser.add_argument("--data", nargs="+", type=Path, required=True, help="text files")
+    parser.add_argument("--data", nargs="+", required=True, help="text files")
     parser.add_argument("--hidden-size", type=int, default=384)
     parser.add_argument("--channels", type=int, default=8)
     parser.add_argument("--layers", type=int, default=6)
@@ -44,14 +47,21 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def rows_of(tokenizer, paths, length):
-    """The texts, one behind the other, as rows (rows, N) of ids."""
+def rows_of(tokenizer, paths, length, batch):
+    """The texts, one behind the other, as rows (rows, N) of ids; they fill a batch or more."""
     ids = []
     for path in paths:
-        ids += tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
-    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+        ids += tokenizer("".join(Source([path])), verbose=False)["input_ids"]
+    rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    if len(rows) < batch:
+        raise MCSDError(
+            f"--data must fill a batch of {batch} rows of {length} tokens but fills {len(rows)}: "
+            "name more texts, or a smaller --batch or --length."
+        )
+    return rows
 
 
+@exits_cleanly
 def main(argv=None):
     """Train and save."""
     args = parse_args(argv)
@@ -75,7 +85,7 @@ def main(argv=None):
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    rows = rows_of(tokenizer, args.data, args.length)
+    rows = rows_of(tokenizer, args.data, args.length, args.batch)
     loader = DataLoader(rows, args.batch, shuffle=True, drop_last=True)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, args.steps // 20), args.steps)
@@ -108,7 +118,7 @@ def main(argv=None):
         accelerator.unwrap_model(model).save_pretrained(args.out, state_dict=state)
         tokenizer.save_pretrained(args.out)
         lines = [json.dumps({"step": i + 1, "loss": loss}) for i, loss in enumerate(losses)]
-        (args.out / "log.jsonl").write_text("\n".join(lines) + "\n")
+        write_atomically(args.out / "log.jsonl", "".join(f"{line}\n" for line in lines).encode())
     accelerator.end_training()
 
 

@@ -31,6 +31,8 @@ from tqdm import tqdm
 
 from mlx_mcsd.convert.reference.configuration_mcsd import MCSDConfig
 from mlx_mcsd.convert.reference.modeling_mcsd import MCSDForCausalLM, MCSDState
+from mlx_mcsd.errors import MCSDError, exits_cleanly
+from mlx_mcsd.files import write_atomically
 from mlx_mcsd.tokenizer import save_tokenizer, train_sentencepiece
 
 
@@ -164,6 +166,7 @@ def plot(log, path):
     pyplot.close(figure)
 
 
+@exits_cleanly
 def main(argv=None):
     """Train, evaluate, export."""
     args = parse_args(argv)
@@ -237,7 +240,7 @@ def main(argv=None):
             logits = model.lm_head(out.last_hidden_state)
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         if not torch.isfinite(loss):
-            sys.exit(f"error: loss became {loss.item()} at step {step}; lower --lr and resume.")
+            raise MCSDError(f"loss became {loss.item()} at step {step}; lower --lr and resume.")
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -272,7 +275,7 @@ def main(argv=None):
                 },
                 checkpoint,
             )
-            log_path.write_text("".join(json.dumps(line) + "\n" for line in log))
+            write_atomically(log_path, "".join(json.dumps(line) + "\n" for line in log).encode())
     bar.close()
     if step < args.steps:
         return
@@ -298,8 +301,8 @@ def main(argv=None):
         },
         "options": {k: v for k, v in vars(args).items() if isinstance(v, int | float)},
     }
-    (args.out / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
-    (args.out / "unseen.json").write_text(json.dumps(unseen_texts, indent=1) + "\n")
+    write_atomically(args.out / "unseen.json", f"{json.dumps(unseen_texts, indent=1)}\n".encode())
+    write_atomically(args.out / "facts.json", f"{json.dumps(facts, indent=2)}\n".encode())
     print(json.dumps(facts, indent=2))
 
 

@@ -1,13 +1,17 @@
 """The examples do what they say, each run as a user runs it but small."""
 
 import json
+import lzma
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+
+from mlx_mcsd.errors import MCSDError
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -220,6 +224,48 @@ def test_a_run_that_was_killed_resumes_to_the_same_weights(train, tmp_path, monk
     resumed = train(tmp_path / "resumed", 6)
     model = "hf/model.safetensors"
     assert (resumed / model).read_bytes() == (whole / model).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "script, argv, wanted",
+    [
+        ("train_stories", ["--stories", "none.txt"], "cannot read none.txt: No such file"),
+        ("train_stories", ["--stories", "half.txt"], "must hold two stories or more"),
+        ("ablation", ["--stories", "none.txt"], "cannot read none.txt: No such file"),
+        ("bundle_stories", ["--run", "none", "--mlx-path", "made"], "none/hf"),
+        ("stories_requests", ["--stories", "latin.txt"], "latin.txt must be UTF-8 text, plain or"),
+        ("stories_requests", ["--stories", "cut.xz"], "cut.xz must be UTF-8 text, plain or .xz"),
+        ("stories_replies", ["--model", "none"], "no directory none"),
+        ("quantization_table", ["half.txt"], "must hold a story that ends in a full stop"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, script, argv, wanted):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    Path("half.txt").write_text("A story that is cut off in the mid")
+    Path("latin.txt").write_bytes("Lily a dit : «é»".encode("latin-1"))
+    Path("cut.xz").write_bytes(lzma.compress(CASED.encode())[:-20])
+    out = ["--out", "run"] if script in ("train_stories", "ablation") else []
+    with pytest.raises(SystemExit) as end:
+        import_module(script).main([*argv, *out])
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and wanted in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_texts_that_fill_no_batch_are_refused(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from train_accelerate import rows_of
+
+    (tmp_path / "text.txt").write_text("a" * 79)
+
+    def tokenizer(text, verbose):
+        return {"input_ids": [*text.encode()]}
+
+    with pytest.raises(MCSDError, match="must fill a batch of 4 rows of 20 tokens but fills 3"):
+        rows_of(tokenizer, [str(tmp_path / "text.txt")], 20, 4)
+    assert rows_of(tokenizer, [str(tmp_path / "text.txt")], 20, 3).shape == (3, 20)
 
 
 def test_the_readme_picture_is_drawn_and_its_path_asked_for(tmp_path):
