@@ -57,9 +57,9 @@ def commands_page():
             continue
         lines += ["", "| flag | meaning |", "| --- | --- |"]
         for action in parser._actions:
-            flags = ", ".join(f"`{flag}`" for flag in action.option_strings)
-            choices = f" One of {', '.join(action.choices)}." if action.choices else ""
-            text = " ".join((action.help % vars(action)).split())
+            flags = ", ".join(f"`{flag}`" for flag in action.option_strings or [action.metavar])
+            choices = f"; one of {', '.join(action.choices)}" if action.choices else ""
+            text = " ".join((action.help % vars(action)).split()).replace("|", r"\|").rstrip(".")
             lines.append(f"| {flags} | {text}{choices} |".replace(r"\n", r"`\n`"))
     return "\n".join(lines) + "\n"
 
@@ -97,10 +97,18 @@ def test_flags_of_documented_commands_exist(line):
     assert {w for w in arguments if re.match(r"--?[a-z]", w)} <= known
 
 
+def anchors(page):
+    """What a link to a heading of a page can name: the headings as GitHub spells them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
 def test_links_inside_the_tree_lead_somewhere(document):
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text())
-    assert [link for link in links if not (document.parent / link).exists()] == []
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", document.read_text())
+    pages = {path: document.parent / path if path else document for path, _ in links}
+    assert [path for path, page in pages.items() if not page.exists()] == []
+    assert [(path, at) for path, at in links if at and at not in anchors(pages[path])] == []
 
 
 def test_the_tree_in_the_readme_is_the_tree():
