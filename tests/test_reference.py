@@ -371,41 +371,6 @@ def test_remote_code(build, tmp_path):
     assert relative_error(torch.load(tmp_path / "logits"), want) < TOLERANCE
 
 
-def test_trainer(build, tmp_path):
-    """transformers' Trainer runs on it, gradient checkpointing included, and the loss falls."""
-    pytest.importorskip("accelerate", reason="Trainer needs the convert extra")
-    from transformers import Trainer, TrainingArguments
-
-    model, *_ = build(33)
-    # older transformers has only the second name
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)()
-    data = [{"input_ids": row, "labels": row} for row in random_tokens(34, 4, 16).tolist()]
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "run"),
-        max_steps=4,
-        per_device_train_batch_size=4,
-        learning_rate=3e-3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
-    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
-    untrained = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] < untrained
-    assert trainer.predict(data).predictions.shape == (4, 16, model.config.vocab_size)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 4
-    assert losses[-1] < losses[0]
-    for name, p in model.named_parameters():
-        assert not torch.equal(p, before[name]), name
-
-
 def test_config_round_trip(build, tmp_path):
     """What is saved, both sides read back; a bad value is refused by name."""
     from mlx_mcsd.config import ModelArgs

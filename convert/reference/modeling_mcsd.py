@@ -56,12 +56,14 @@ class MCSDTimeline:
     a decay section, and a first token reads itself. Sums stop where a document starts.
 
     Args:
-        sections: names of the sections; ``channels``: C.
+        sections: names of the sections, in any order.
+        channels: C.
         tokens: N.
         count: (B,) int64 tokens seen before, or None at a start.
         mask: (B, N) bool, False where a step must leave the state alone.
         reset: (B, N) bool, True where a token starts a new document, on a zero state.
         dtype: of the weights, float32 or float64.
+        device: of the weights, that of ``count``, ``mask`` and ``reset``.
     """
 
     def __init__(self, sections, channels, tokens, count, mask, reset, dtype, device):
@@ -89,7 +91,7 @@ class MCSDTimeline:
         same = reader[..., :, None] == document[..., None, :]
         counts = past & real[..., None, :] & same | itself & first[..., None]  # (B, M, T + 1, T)
         channel = torch.arange(channels, device=device)[:, None]  # (C, 1)
-        self.of = {}
+        self.weights = {}
         for section in dict.fromkeys(sections):
             rate = log_decays(section, channels)[:, None]  # (C, 1)
             powers = torch.exp(rate * torch.arange(length + 1, device="cpu")).to(dtype).to(device)
@@ -104,7 +106,7 @@ class MCSDTimeline:
                 share = F.pad(share, (0, 1), value=1.0)  # (B, M, C, T + 1)
                 weights, left = weights * share[..., None], left * share
             # (B, M, C, T + 1, T) and (B, M, C, T + 1, 1)
-            self.of[section] = weights, left[..., None]
+            self.weights[section] = weights, left[..., None]
 
     def read(self, section, x, h):
         """What each token reads of its past, V' or E', and the state after the last.
@@ -117,7 +119,7 @@ class MCSDTimeline:
         Returns:
             (B, N, C, Dc) and (B, C, Dc).
         """
-        weights, left = self.of[section]
+        weights, left = self.weights[section]
         if not x.dtype == h.dtype == weights.dtype:
             raise TypeError(f"sums over history need {weights.dtype} but got {x.dtype}, {h.dtype}.")
         N = x.shape[1]

@@ -60,12 +60,13 @@ def run(args) -> dict:
 def measure(
     mixer: MCSD, B: int, N: int, limit: float, repeats: int, errors: dict[str, float]
 ) -> list[dict]:
-    """Return a row for each form at N tokens; `errors` by form are brought up to date.
+    """Return a row for each form at N tokens; `errors` of the forms are replaced where N has them.
 
-    With no repeats, only they are.
+    Without repeats nothing is timed.
     """
     fits = limit >= COPIES * 4 * mixer.C * N * N
-    running = [*FORMS[not kernels.available(mx.float32) : 2], *(["quadratic"] if fits else [])]
+    usable = {"kernels": kernels.available(mx.float32), "chunked": True, "quadratic": fits}
+    running = [form for form in FORMS if usable[form]]
     x, dy = mx.random.normal((2, B, N, mixer.C * mixer.Dc))
     steps, found, peaks = {}, {}, {}
     for form in running:  # in this order: the matrices are no other form's memory
