@@ -136,7 +136,7 @@ CURVES = {
     },
     "C = 8, noise of values": (learn_needle, partial(make_model, 32, 8), {"own_kind": True}),
 }
-STYLES = {
+COLORS = {
     **{"D = 16, C = 8": "#a9d8a0", "D = 32, C = 8": "#69db7c", "D = 64, C = 8": "#2b8a3e"},
     **{"C = 2, other noise": "#d9480f", "C = 4, other noise": "#9c36b5"},
     **{"C = 8, other noise": "#1971c2", "C = 8, noise of values": "#1971c2"},
@@ -159,26 +159,26 @@ def picture(pairs, needle):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, middle) = pyplot.subplots(1, 2, figsize=(10, 3.6), dpi=110)
-    for axes, results in ((left, pairs), (middle, needle)):
+    figure, (before, after) = pyplot.subplots(1, 2, figsize=(10, 3.6), dpi=110)
+    for axes, results in ((before, pairs), (after, needle)):
         for name, found in results.items():
             x, y = zip(*((int(x), 100 * y) for x, y in found.items()), strict=True)
             line = "--" if "of values" in name else "-"
-            axes.plot(x, y, line, marker="o", markersize=3, color=STYLES[name], label=name)
+            axes.plot(x, y, line, marker="o", markersize=3, color=COLORS[name], label=name)
         axes.axhline(100 / VALUES, color="#868e96", lw=0.8, ls=":")
         axes.set(xscale="log", ylim=(0, 105), ylabel="right, %")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if results:
             axes.legend(frameon=False, fontsize=8, loc="lower left")
-    left.set(xlabel="pairs to remember", title="Looking up one of many pairs")
-    left.set_xticks(PAIRS, PAIRS)
-    left.minorticks_off()
+    before.set(xlabel="pairs to remember", title="Looking up one of many pairs")
+    before.set_xticks(PAIRS, PAIRS)
+    before.minorticks_off()
     for C in (2, 4, 8):
-        middle.axvline(2 ** (4 + C), color=STYLES[f"C = {C}, other noise"], lw=0.8, ls=":")
-    middle.set_xticks(DISTANCES[1::2], DISTANCES[1::2], fontsize=8)
-    middle.minorticks_off()
-    middle.set(xlabel="tokens since the value", title="Keeping one value, D = 32 (dotted: 2^(4+C))")
+        after.axvline(2 ** (4 + C), color=COLORS[f"C = {C}, other noise"], lw=0.8, ls=":")
+    after.set_xticks(DISTANCES[1::2], DISTANCES[1::2], fontsize=8)
+    after.minorticks_off()
+    after.set(xlabel="tokens since the value", title="Keeping one value, D = 32 (dotted: 2^(4+C))")
     figure.tight_layout()
     figure.savefig(buffer := io.BytesIO(), format="png")
     pyplot.close(figure)

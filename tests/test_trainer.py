@@ -85,9 +85,9 @@ def test_train_resume_convert_generate(tokenizer, tmp_path):
     evaluated = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert len(losses) == 8 and losses[-1] < losses[0] - 0.5
     assert len(evaluated) == 2 and evaluated[1] < evaluated[0]
-    told = whole.predict(whole.eval_dataset)  # with the state among the outputs, in evaluation
-    assert told.metrics["test_loss"] == pytest.approx(evaluated[1])
-    assert told.predictions.shape[::2] == (4, tiny.VOCAB_SIZE)
+    predicted = whole.predict(whole.eval_dataset)  # with the state among the outputs, in evaluation
+    assert predicted.metrics["test_loss"] == pytest.approx(evaluated[1])
+    assert predicted.predictions.shape[::2] == (4, tiny.VOCAB_SIZE)
 
     out = tmp_path / "resumed"
     make_trainer(out, tokenizer, callbacks=[StopAt(4)], **switches).train()
