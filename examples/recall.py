@@ -159,8 +159,8 @@ def picture(pairs, needle):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (before, after) = pyplot.subplots(1, 2, figsize=(10, 3.6), dpi=110)
-    for axes, results in ((before, pairs), (after, needle)):
+    figure, (by_pairs, by_distance) = pyplot.subplots(1, 2, figsize=(10, 3.6), dpi=110)
+    for axes, results in ((by_pairs, pairs), (by_distance, needle)):
         for name, found in results.items():
             x, y = zip(*((int(x), 100 * y) for x, y in found.items()), strict=True)
             line = "--" if "of values" in name else "-"
@@ -171,14 +171,15 @@ def picture(pairs, needle):
         axes.spines[["top", "right"]].set_visible(False)
         if results:
             axes.legend(frameon=False, fontsize=8, loc="lower left")
-    before.set(xlabel="pairs to remember", title="Looking up one of many pairs")
-    before.set_xticks(PAIRS, PAIRS)
-    before.minorticks_off()
+    by_pairs.set(xlabel="pairs to remember", title="Looking up one of many pairs")
+    by_pairs.set_xticks(PAIRS, PAIRS)
+    by_pairs.minorticks_off()
     for C in (2, 4, 8):
-        after.axvline(2 ** (4 + C), color=COLORS[f"C = {C}, other noise"], lw=0.8, ls=":")
-    after.set_xticks(DISTANCES[1::2], DISTANCES[1::2], fontsize=8)
-    after.minorticks_off()
-    after.set(xlabel="tokens since the value", title="Keeping one value, D = 32 (dotted: 2^(4+C))")
+        by_distance.axvline(2 ** (4 + C), color=COLORS[f"C = {C}, other noise"], lw=0.8, ls=":")
+    by_distance.set_xticks(DISTANCES[1::2], DISTANCES[1::2], fontsize=8)
+    by_distance.minorticks_off()
+    title = "Keeping one value, D = 32 (dotted: 2^(4+C))"
+    by_distance.set(xlabel="tokens since the value", title=title)
     figure.tight_layout()
     figure.savefig(buffer := io.BytesIO(), format="png")
     pyplot.close(figure)
