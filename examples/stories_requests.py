@@ -37,7 +37,13 @@ Emmy Maggie Claire Maddy Tina Olivia Ava Zoe Hannah Ruby Ivy Nina Maya Eva Lea L
 Sofia Isla Elsa Greta Heidi Ida Iris Jasmine Kim Linda Maria Marta Megan Naomi Paula Penny Pippa
 Priya Rita Rosa Ruth Sonia Stella Tess Vera Violet Wendy Willow Yara Zara Amelia Aisha Dora Fiona
 Gina Holly Ines Joy Layla Martha Nadia Poppy Sasha Tara Uma Victoria Charlotte Eliza Freya Harper
-Kayla Katie Mei Noor Susan Helen Carla Diana Peggy Trudy Dolly""".split()
+Kayla Katie Mei Noor Susan Helen Carla Diana Peggy Trudy Dolly Isabella Evelyn Scarlett Madison
+Hazel Aurora Savannah Brooklyn Natalie Samantha Aria Elena Sadie Cora Lucia Josie Lena Amber Angela
+Barbara Bonnie Carmen Catherine Christine Daphne Dorothy Eleanor Elizabeth Erin Esther Faith Flora
+Florence Gloria Hope Jade Jessica Jessie Josephine Judy Karen Kitty Kylie Lara Lydia Mabel Margaret
+Matilda Melanie Melissa Mina Miriam Nancy Nelly Nicole Pam Patty Pearl Phoebe Rebecca Robin Rose
+Roxy Sabrina Sandra Sharon Skye Summer Sunny Sylvia Tanya Teresa Thea Tracy Ursula Valerie Vicky
+Viola Winnie Yasmin Zelda Zoey Coco Ginger Honey Misty Cherry Candy Snowy Fluffy""".split()
 BOYS = """Ben Tom Timmy Tim Jack Sam Max Bob John Joe Billy Tommy Benny Jimmy Jake Sammy Pete Andy
 Jim Bobby Alex Johnny Peter Toby James Fred Leo Joey Dave George Henry Danny Frank Ted Tony Bill
 Freddy Gary Steve Mike Jerry Charlie Josh Todd Larry Ralph Robbie Oliver Noah Lucas Ethan Liam Adam
@@ -45,7 +51,21 @@ Alan Arthur Carl Chris Daniel David Dan Eddie Edward Eric Felix Finn Gus Harry H
 Jacob Jason Jonah Justin Karl Ken Kevin Kai Luke Mark Martin Matt Michael Milo Nathan Ned Nick Oscar
 Otto Owen Paul Philip Rob Roger Ron Roy Ryan Scott Simon Stan Theo Thomas Tyler Victor Walter Will
 Zack Ali Omar Ravi Diego Mateo Pablo Kenji Amir Hans Emil Anton Ollie Archie Teddy Rocky Rex Buddy
-Bruno Rusty""".split()
+Bruno Rusty William Benjamin Elijah Alexander Mason Logan Jackson Sebastian Aiden Samuel Joseph
+Matthew Wyatt Carter Jayden Gabriel Anthony Dylan Grayson Andrew Joshua Christopher Lincoln Caleb
+Elias Aaron Adrian Albert Alfie Angus Asher Austin Barney Basil Bert Blake Boris Brad Brian Bruce
+Cameron Casey Cole Colin Connor Craig Damian Dennis Derek Dexter Dominic Donald Doug Duncan Dustin
+Earl Edgar Elliot Ernie Evan Fabian Ferdinand Fergus Fin Floyd Francis Gavin Gordon Graham Greg
+Hank Harvey Hector Herbert Homer Howard Hunter Igor Jasper Jay Jeff Jeremy Jonas Jordan Juan Jude
+Julian Kyle Lance Lenny Leon Leonard Levi Lewis Louie Louis Marco Marcus Mario Marvin Miles Monty
+Morris Neil Nemo Nigel Norman Orion Parker Patrick Percy Perry Phil Pip Quentin Randy Ray Reggie
+Remy Rick Ricky Robert Rodney Rory Ross Rudy Rufus Russell Sean Seth Shane Sid Silas Spencer Spike
+Spot Stuart Terry Tobias Trevor Tucker Vincent Wally Warren Wayne Wesley Winston Xavier Zeke Duke
+Biscuit Pepper Ziggy Lucky Shadow Whiskers Mittens Buster Bandit Gizmo Fuzzy Bongo
+Pickles Waffles Peanut""".split()
+
+# One token each, inside a line and at its beginning: what is one token is easily kept in mind.
+NAME_PIECES = [space + name for name in GIRLS + BOYS for space in (" ", "")]
 
 ANIMALS = """dog cat rabbit bunny mouse fox bear squirrel pig horse lion tiger monkey elephant cow
 sheep goat deer puppy kitten hedgehog turtle frog bird duck owl fish penguin""".split()
@@ -172,34 +192,17 @@ class Requests:
     """Makes requests and exchanges names, by what a set of stories holds."""
 
     def __init__(self, stories):
-        words, names = Counter(), Counter()
+        self.spread, self.stories = Counter(), len(stories)
         for story in stories:
-            words.update(set(THING.findall(story)))
-            names.update(set(NAME.findall(story)))
-        self.spread, self.stories = words, len(stories)
-        self.weights = {
-            tuple(group): [names[name] for name in group] for group in (GIRLS, BOYS) if names
-        }
+            self.spread.update(set(THING.findall(story)))
 
-    def rename(self, story, rng, *, wide):
-        """Exchange every name of a story for another of its kind, everywhere in it.
-
-        Args:
-            story: the text.
-            rng: a ``random.Random``.
-            wide: draw from all names alike, else as often as the stories use them.
-        """
-        present = list(dict.fromkeys(NAME.findall(story)))
+    @staticmethod
+    def rename(story, rng):
+        """Exchange every name of a story for another of its kind, all alike, everywhere in it."""
         taken = {}
-        for name in present:
+        for name in dict.fromkeys(NAME.findall(story)):
             group = GIRLS if name in GIRLS else BOYS
-            weights = None if wide else self.weights[tuple(group)]
-            choice = name
-            for _ in range(20):
-                choice = rng.choices(group, weights)[0]
-                if choice not in taken.values():
-                    break
-            taken[name] = name if choice in taken.values() else choice
+            taken[name] = rng.choice([n for n in group if n not in taken.values()])
         return NAME.sub(lambda match: taken[match.group()], story)
 
     @staticmethod
@@ -294,12 +297,12 @@ def conversations(stories, requests, rng, *, plain, rename):
         # Some files are cut in pieces, which answer nothing.
         if rng.random() < plain or len(story) < SHORTEST:
             if rng.random() < rename:
-                story = requests.rename(story, rng, wide=False)
+                story = requests.rename(story, rng)
             documents.append(story)
             continue
         story = requests.disguise(story, rng)
         if rng.random() < 0.75:
-            story = requests.rename(story, rng, wide=True)
+            story = requests.rename(story, rng)
         if not turns:
             talk, turns = [], rng.choices([1, 2, 3], [75, 20, 5])[0]
             documents.append(talk)
@@ -325,7 +328,7 @@ def main(argv=None):
     print(f"{len(stories)} stories, {len(set(asked))} different requests")
     print(f"{sum(bool(NAMED.search(s[:300])) for s in stories)} stories introduce somebody")
     for story in rng.sample(stories, min(args.samples, len(stories))):
-        story = requests.rename(story, rng, wide=True)
+        story = requests.rename(story, rng)
         print(f"\n{USER}{requests.request(story, rng)}\n{ASSISTANT}{story[:160]}...")
 
 

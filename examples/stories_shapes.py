@@ -32,7 +32,7 @@ CANDIDATES = {
 TOKENS = 4096  # a step: 16 rows of 256
 
 
-def weights(hidden_size, layers, intermediate_size, *, vocab_size=2048, channels=8, **shape):
+def weights(hidden_size, layers, intermediate_size, *, vocab_size=3072, channels=8, **shape):
     """How many weights a shape has, gains aside."""
     square = hidden_size**2
     mixer = 4 * square // (channels if shape.get("projection") == "channel" else 1)

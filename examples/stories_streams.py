@@ -62,8 +62,10 @@ class Streams:
         epoch, part = divmod(self.deal, PARTS)
         order = random.Random(f"{args.seed}/{epoch}").sample(self.stories, len(self.stories))
         rng = random.Random(f"{args.seed}/{epoch}/{part}")
+        # In the end, names are as frequent again as the stories have them.
+        rename = args.rename * (1 - self.at)
         documents = conversations(
-            order[part::PARTS], self.requests, rng, plain=args.plain, rename=args.rename
+            order[part::PARTS], self.requests, rng, plain=args.plain, rename=rename
         )
         encoded = [np.array(self.encode(document), np.int16) for document in documents]
         share = self.book_share(self.at)

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
-from stories_requests import ASSISTANT, CHAT_TEMPLATE, USER, Requests
+from stories_requests import ASSISTANT, CHAT_TEMPLATE, NAME_PIECES, USER, Requests
 from stories_streams import Streams
 from stories_text import load_books, load_stories
 from torch.nn import functional as F
@@ -43,7 +43,7 @@ def parse_args(argv=None):
     parser.add_argument("--stories", nargs="+", required=True, help="story files with capitals")
     parser.add_argument("--lower", nargs="*", default=[], help="lower-case story files")
     parser.add_argument("--books", nargs="*", default=[], help="books, .txt or .xz")
-    parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--vocab-size", type=int, default=3072)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--channels", type=int, default=8)
     parser.add_argument("--layers", type=int, default=5)
@@ -66,7 +66,12 @@ def parse_args(argv=None):
         "--books-until", type=float, default=0.5, help="part of the steps after which they are gone"
     )
     parser.add_argument("--plain", type=float, default=0.5, help="stories that nobody asks for")
-    parser.add_argument("--rename", type=float, default=0.3, help="of those, with other names")
+    parser.add_argument(
+        "--rename", type=float, default=0.9, help="of those, with other names, at the start"
+    )
+    parser.add_argument(
+        "--names", action=argparse.BooleanOptionalAction, default=True, help="names are one token"
+    )
     parser.add_argument("--init-from", type=Path, help="go on from another run's weights and data")
     parser.add_argument("--stop-at", type=int, help="end here as if killed, to go on otherwise")
     parser.add_argument("--seed", type=int, default=0)
@@ -178,7 +183,9 @@ def main(argv=None):
     if not model_file.exists() and args.init_from:
         model_file.write_bytes((args.init_from / "tokenizer.model").read_bytes())
     if not model_file.exists():
-        proto = train_sentencepiece(train_texts, args.vocab_size, (USER, ASSISTANT))
+        proto = train_sentencepiece(
+            train_texts, args.vocab_size, (USER, ASSISTANT), NAME_PIECES if args.names else ()
+        )
         model_file.write_bytes(proto)
     proto = model_file.read_bytes()
     processor = sentencepiece.SentencePieceProcessor(model_proto=proto)

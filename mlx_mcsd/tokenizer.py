@@ -35,13 +35,14 @@ SAMPLES = (
 )
 
 
-def train_sentencepiece(texts, vocab_size, control=()):
+def train_sentencepiece(texts, vocab_size, control=(), whole=()):
     """Train a lossless SentencePiece BPE model: byte fallback, newline a piece, spaces unescaped.
 
     Args:
         texts: an iterable of strings; their order does not matter.
         vocab_size: K, more than the 256 bytes and 5 special pieces.
         control: further special tokens, such as those of a chat template.
+        whole: strings that are one piece wherever they stand, spaces in them included.
 
     Returns:
         The bytes of a ``tokenizer.model`` with <unk> 0, <s> 1, </s> 2, <pad> 3, then ``control``.
@@ -58,7 +59,7 @@ def train_sentencepiece(texts, vocab_size, control=()):
         byte_fallback=True,
         character_coverage=0.9999,
         pad_id=3,
-        user_defined_symbols=["\n"],
+        user_defined_symbols=["\n", *(string.replace(" ", "\u2581") for string in whole)],
         control_symbols=list(control),
         max_sentence_length=1 << 20,
         minloglevel=2,

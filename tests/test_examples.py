@@ -107,7 +107,7 @@ def train(stories):
         }
         flags = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
         data = ["--stories", stories["cased"], "--lower", stories["lower"]]
-        data += ["--books", stories["books"]]
+        data += ["--books", stories["books"], "--no-names"]
         train_stories.main([*map(str, ["--out", out, *data]), *flags])
         return out
 
@@ -151,14 +151,17 @@ def test_the_bundled_model_is_made_by_one_command(stories, tmp_path, monkeypatch
     import bundle_stories
 
     words = ["--run", tmp_path / "run", "--mlx-path", tmp_path / "mlx", "--q-bits", 8]
-    words += ["--replies", 2, "--stories", stories["cased"], "--vocab-size", 330]
+    words += ["--replies", 2, "--stories", stories["cased"], "--no-names", "--vocab-size", 330]
     words += ["--hidden-size", 32, "--channels", 2, "--layers", 1, "--intermediate-size", 32]
     words += ["--batch", 2, "--length", 16, "--steps", 2, "--threads", 1, "--bf16"]
     threads = torch.get_num_threads()
     bundle_stories.main([*map(str, words)])
     torch.set_num_threads(threads)
     card = (tmp_path / "mlx" / "README.md").read_text()
-    assert "--stories cased.txt --vocab-size 330" in card and "in 8 bits a weight on MLX" in card
+    assert (
+        "--stories cased.txt --no-names --vocab-size 330" in card
+        and "in 8 bits a weight on MLX" in card
+    )
     assert "1 CPU cores, in bfloat16 products" in card
     assert json.loads((tmp_path / "mlx" / "config.json").read_text())["quantization"]["bits"] == 8
 
@@ -187,7 +190,7 @@ def test_the_shapes_compared_have_one_budget(stories, tmp_path, monkeypatch, cap
         {k: {"vocab_size": 330, "channels": 2} | v for k, v in few.items()},
     )
     words = ["--out", tmp_path, "--stories", stories["cased"], "--budget", 6 * 4096 * 7000 * 2]
-    words += ["--only", *few, "--batch", 2, "--length", 16, "--threads", 1]
+    words += ["--only", *few, "--batch", 2, "--length", 16, "--threads", 1, "--no-names"]
     stories_shapes.main([*map(str, words)])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:5]]
     assert sorted(row[0] for row in rows) == sorted(few)

@@ -70,17 +70,29 @@ def test_a_request_asks_for_what_the_story_has(module, requests):
 
 
 def test_names_are_exchanged_all_through_a_story(module, requests):
-    for seed in range(50):
-        for wide in (True, False):
-            story = requests.rename(STORIES[0], random.Random(seed), wide=wide)
-            girl, boy = re.search(r"named (\w+)\.", story)[1], re.search(r"friend (\w+)", story)[1]
-            assert girl in module.GIRLS and boy in module.BOYS
-            assert story.replace(girl, "Lily").replace(boy, "Ben") == STORIES[0]
-            if not wide:
-                assert girl in ("Lily", "Anna") and boy in ("Ben", "Max", "Tom")
-    both = requests.rename("Lily met Anna. Anna met Lily.", random.Random(0), wide=True)
+    found = set()
+    for seed in range(300):
+        story = requests.rename(STORIES[0], random.Random(seed))
+        girl, boy = re.search(r"named (\w+)\.", story)[1], re.search(r"friend (\w+)", story)[1]
+        assert girl in module.GIRLS and boy in module.BOYS
+        assert re.sub(rf"\b{boy}\b", "Ben", re.sub(rf"\b{girl}\b", "Lily", story)) == STORIES[0]
+        found |= {girl, boy}
+    assert len(found) > 250  # all alike
+    both = requests.rename("Lily met Anna. Anna met Lily.", random.Random(0))
     first, second = re.match(r"(\w+) met (\w+)\.", both).groups()
     assert first != second and both == f"{first} met {second}. {second} met {first}."
+    many = " met ".join(module.GIRLS)
+    names = requests.rename(many, random.Random(0)).split(" met ")
+    assert sorted(names) == sorted(module.GIRLS) and names != module.GIRLS
+
+
+def test_a_name_is_one_token(module):
+    proto = train_sentencepiece(STORIES, 1500, (module.USER, module.ASSISTANT), module.NAME_PIECES)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    pieces = processor.encode("Max met Tommy.\nOlivia ran.", out_type=str)
+    assert [p for p in pieces if p.strip() in ("Max", "Tommy", "Olivia")] == [
+        *("Max", " Tommy", "Olivia")
+    ]
 
 
 def test_an_animal_becomes_another_one_everywhere(module):
@@ -115,7 +127,7 @@ def streams(module, requests, tmp_path):
     proto = train_sentencepiece(STORIES, 330, (module.USER, module.ASSISTANT))
     save_tokenizer(tmp_path, proto, 64, {"chat_template": module.CHAT_TEMPLATE})
     args = argparse.Namespace(
-        **{"seed": 0, "batch": 2, "length": 8, "plain": 0.3, "rename": 0.5},
+        **{"seed": 0, "batch": 2, "length": 8, "plain": 0.5, "rename": 1.0},
         **{"book_share": 0.5, "books_flat": 0.2, "books_until": 0.8},
     )
     processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
@@ -165,6 +177,22 @@ def test_books_fade_out(streams):
         text = streams.processor.decode(streams.rows[0].tolist())
         seen[progress] = text.count("nother one, which")
     assert seen[0.0] > 0 == seen[1.0]
+
+
+def test_names_come_back_to_what_the_stories_have(streams):
+    streams, _ = streams
+    known = {" Lily", " Ben", " Max", " Tom", " Anna"}
+    seen = {}
+    for progress in (0.0, 1.0):
+        streams.rows, streams.deal, streams.stories = None, 0, STORIES * 99
+        streams.next(progress)
+        # Stories that nobody asked for: behind BOS comes no request.
+        rows = streams.rows.flatten().tolist()
+        begins = [i for i, t in enumerate(rows) if t == 1 and rows[i + 1 : i + 2] not in ([], [4])]
+        texts = [streams.processor.decode(rows[i : i + 60]).split(".")[0] for i in begins]
+        seen[progress] = [any(name in text for name in known) for text in texts if "little" in text]
+    assert len(seen[0.0]) > 5 and sum(seen[0.0]) < len(seen[0.0]) / 2
+    assert len(seen[1.0]) > 5 and all(seen[1.0])
 
 
 def test_a_stream_goes_on_where_it_stood(streams):
