@@ -63,6 +63,7 @@ def main(argv=None):
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(paths[0])
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

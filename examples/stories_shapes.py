@@ -8,9 +8,11 @@ reads less. Every run resumes if it was killed; one that has ended is not run ag
 
 import argparse
 import json
-import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+
+import train_stories
 
 from mlx_mcsd.errors import exits_cleanly
 from mlx_mcsd.files import write_atomically
@@ -78,12 +80,10 @@ def main(argv=None):
             steps = round(args.budget / (6 * weights(**shape) * TOKENS))
             flags = [f"--{k.replace('_', '-')}={v}" for k, v in shape.items()]
             flags += [f"--steps={steps}", f"--evaluate-every={steps}", "--checkpoint-every=50"]
-            script = Path(__file__).with_name("train_stories.py")
-            command = [sys.executable, script, "--out", out, "--stories", *args.stories]
-            command += ["--lower", *args.lower, *flags, *more]
+            data = ["--stories", *args.stories, "--lower", *args.lower]
             print(f"{name}: {steps} steps", file=sys.stderr)
-            if status := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-                sys.exit(status)  # it has said why
+            with redirect_stdout(sys.stderr):
+                train_stories.main(["--out", str(out), *data, *flags, *more])
         facts = json.loads((out / "facts.json").read_text())
         config = json.loads((out / "hf" / "config.json").read_text())
         results[name] = facts | {key: config[key] for key in ("projection", "fusion")}

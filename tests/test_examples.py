@@ -3,8 +3,6 @@
 import json
 import lzma
 import re
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -40,7 +38,9 @@ def stories(tmp_path, monkeypatch):
     cased.write_text(CASED, encoding="utf-8")
     lower.write_text(LOWER, encoding="utf-8")
     books.write_text("# A book\n\nThe old man\nread a book.\n\n" * 200, encoding="utf-8")
-    return {"cased": cased, "lower": lower, "books": books}
+    threads = torch.get_num_threads()
+    yield {"cased": cased, "lower": lower, "books": books}
+    torch.set_num_threads(threads)
 
 
 def test_lower_case_stories_get_their_capitals_back(stories):
@@ -111,9 +111,7 @@ def train(stories):
         train_stories.main([*map(str, ["--out", out, *data]), *flags])
         return out
 
-    threads = torch.get_num_threads()
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 def test_training_learns_and_writes_all_it_promises(train, tmp_path):
@@ -154,9 +152,7 @@ def test_the_bundled_model_is_made_by_one_command(stories, tmp_path, monkeypatch
     words += ["--replies", 2, "--stories", stories["cased"], "--no-names", "--vocab-size", 330]
     words += ["--hidden-size", 32, "--channels", 2, "--layers", 1, "--intermediate-size", 32]
     words += ["--batch", 2, "--length", 16, "--steps", 2, "--threads", 1, "--bf16"]
-    threads = torch.get_num_threads()
     bundle_stories.main([*map(str, words)])
-    torch.set_num_threads(threads)
     card = (tmp_path / "mlx" / "README.md").read_text()
     assert (
         "--stories cased.txt --no-names --vocab-size 330" in card
@@ -202,7 +198,7 @@ def test_the_shapes_compared_have_one_budget(stories, tmp_path, monkeypatch, cap
         assert float(row[8]) == pytest.approx(stories_shapes.weights(**shape) / 1e6, abs=0.006)
     assert (tmp_path / "table.md").read_text().count("\n") == 5
     # What has ended is not run again.
-    monkeypatch.setattr(stories_shapes.subprocess, "run", None)
+    monkeypatch.setattr(stories_shapes.train_stories, "main", None)
     stories_shapes.main([*map(str, words)])
 
 
@@ -238,6 +234,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_weights(train, tmp_path, monk
         ("bundle_stories", ["--run", "none", "--mlx-path", "made"], "none/hf"),
         ("stories_requests", ["--stories", "latin.txt"], "latin.txt must be UTF-8 text, plain or"),
         ("stories_requests", ["--stories", "cut.xz"], "cut.xz must be UTF-8 text, plain or .xz"),
+        ("memory_picture", [], "expected the picture's path"),
         ("stories_replies", ["--model", "none"], "no directory none"),
         ("quantization_table", ["half.txt"], "must hold a story that ends in a full stop"),
     ],
@@ -271,13 +268,12 @@ def test_texts_that_fill_no_batch_are_refused(tmp_path, monkeypatch):
     assert rows_of(tokenizer, [str(tmp_path / "text.txt")], 20, 3).shape == (3, 20)
 
 
-def test_the_readme_picture_is_drawn_and_its_path_asked_for(tmp_path):
-    script = [sys.executable, EXAMPLES / "memory_picture.py"]
-    subprocess.run([*script, tmp_path / "memory.png"], check=True)
+def test_the_readme_picture_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import memory_picture
+
+    memory_picture.main([str(tmp_path / "memory.png")])
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
-    bare = subprocess.run(script, capture_output=True, text=True)
-    assert bare.returncode == 1
-    assert bare.stderr.startswith("error: expected the picture's path")
 
 
 def test_the_table_of_quantizations(stories, tmp_path, monkeypatch, capsys):

@@ -18,7 +18,7 @@ from metal_on_cpu import executed, needs_compiler
 from mlx_mcsd import kernels
 from mlx_mcsd.model import Block
 from models import mlx_model, random_tokens
-from oracle import random_checkpoint, relative_error
+from oracle import random_checkpoint
 
 KERNELS = ["decay_scan", "decay_scan_grad", "mcsd_mix", "mcsd_mix_grad"]
 STEPS = 2
@@ -75,15 +75,19 @@ def launches(steps, checkpoint):
     return dict(zip(KERNELS, counts, strict=True))
 
 
-def assert_alike(got, want, before, tolerance=5e-5):
-    """Compare what the steps changed, not what they began with."""
+def assert_alike(got, want, before, tolerance=3e-5):
+    """Compare what the steps changed, known to the rounding of the numbers that they changed.
+
+    The second step's gradient is of weights that the first has rounded: hence three times 1e-5.
+    """
     before = {name: np.array(value) for name, value in tree_flatten(before.trainable_parameters())}
     assert got.keys() == want.keys() == before.keys()
     for name, value in want.items():
         moved = value - before[name]
         assert np.abs(moved).max() > 1e-3, name
-        # A change of 1e-2 in numbers near 1 is known to 1e-5 itself.
-        assert relative_error(got[name] - before[name], moved) <= tolerance, name
+        rounding = STEPS * np.spacing(np.abs(value).max())
+        error = np.abs(got[name] - value).max()
+        assert error <= tolerance * np.abs(moved).max() + rounding, name
 
 
 @needs_compiler
