@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from .errors import MCSDError
 
 Document = Iterator[str]
-"""The pieces of a text, to be used up before the next document is asked for."""
+"""The pieces of a text; those not taken before the next document is asked for are gone."""
 
 
 def documents(
@@ -44,8 +44,8 @@ def split(pieces: Iterable[str], separator: str) -> Iterator[Document]:
         while (at := rest.find(separator)) < 0:
             # What may be the beginning of a separator waits for the next piece.
             done = max(0, len(rest) - len(separator) + 1)
-            yield rest[:done]
-            rest = rest[done:]
+            before, rest = rest[:done], rest[done:]
+            yield before
             if (piece := next(pieces, None)) is None:
                 more = False
                 yield rest
@@ -55,7 +55,10 @@ def split(pieces: Iterable[str], separator: str) -> Iterator[Document]:
         yield before
 
     while more:
-        yield part()
+        document = part()
+        yield document
+        for _ in document:  # what was not asked for
+            pass
 
 
 def strip(pieces: Iterable[str]) -> Document:

@@ -1,6 +1,7 @@
 """From files to tokens: what is a document, what is held out, what is learned."""
 
 import json
+import os
 from itertools import chain
 
 import numpy as np
@@ -9,9 +10,9 @@ import pytest
 import tiny
 from mlx_mcsd import loading
 from mlx_mcsd.errors import MCSDError
-from mlx_mcsd.training import corpus, sources
+from mlx_mcsd.training import corpus
 from mlx_mcsd.training.encoding import Encoder, Pieces
-from mlx_mcsd.training.sources import Record, TextFile, find, to_record
+from mlx_mcsd.training.sources import Record, find, text_file, to_record
 from mlx_mcsd.training.split import Split, Survey, survey
 
 
@@ -37,11 +38,30 @@ def chatty(tmp_path_factory):
 
 @pytest.mark.parametrize("piece", [1, 3, 1000])
 def test_a_text_file_is_one_document_or_several(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(sources, "PIECE", piece)
+    monkeypatch.setattr("mlx_mcsd.source.BYTES", piece)
     file = tmp_path / "a.txt"
     file.write_bytes("one\r\n<|e|>\ntwo ü\n\nmore\n<|e|><|e|>\n<|e|>last".encode())
-    assert texts(TextFile(str(file), None)) == [file.read_bytes().decode()]
-    assert texts(TextFile(str(file), "<|e|>")) == ["one", "two ü\n\nmore", "last"]
+    assert texts(text_file(str(file), None)) == [file.read_bytes().decode()]
+    assert texts(text_file(str(file), "<|e|>")) == ["one", "two ü\n\nmore", "last"]
+
+
+@pytest.mark.parametrize("piece", [1, 3, 4, 5, 1000])
+@pytest.mark.parametrize("taken", [0, 2, 5, 9])
+def test_the_rest_of_a_document_can_be_left(tmp_path, monkeypatch, piece, taken):
+    monkeypatch.setattr("mlx_mcsd.source.BYTES", piece)
+    file = tmp_path / "a.txt"
+    file.write_text("first||second||third")
+    heads = [
+        "".join(Pieces(record.pieces, lambda n: None).take(taken))
+        for record in text_file(str(file), "||")
+    ]
+    assert heads == [text[:taken] for text in ("first", "second", "third")]
+
+
+def test_a_stream_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(MCSDError, match="must be a file, which is read more than once"):
+        find([str(tmp_path / "pipe.txt")], None)
 
 
 def test_folders_and_lists(tmp_path):
@@ -77,6 +97,8 @@ def test_a_dataset_without_the_library(tmp_path, monkeypatch):
         ({"prompt": 1, "completion": "x"}, "must have texts for prompt and completion"),
         ({"messages": []}, "must have messages, a list of objects with role and content"),
         ({"messages": [{"role": "user"}]}, "must have messages, a list of objects"),
+        ({"text": "\ud83d"}, "must have text, prompt and completion, or messages but has text"),
+        ({"prompt": "\ud83d", "completion": ""}, "must have texts for prompt and completion"),
         ({"text": 3}, "must have text, prompt and completion, or messages but has text"),
         ({"a": 3, "prompt": ""}, "or messages but has a, prompt"),
         ([], "or messages but has none"),

@@ -19,7 +19,7 @@ from ..errors import MCSDError
 from ..files import write_atomically
 from ..loading import read_json
 from .encoding import Encoder, Pieces
-from .sources import Source
+from .sources import Records
 from .split import Split, Survey
 
 INDEX = np.dtype([("start", "<i8"), ("prompt", "<i8"), ("record", "<i8")])
@@ -95,10 +95,10 @@ class Corpus:
 
 def write(
     folder: Path,
-    sources: list[Source],
+    sources: list[Records],
     found: Survey,
     split: Split | None,
-    held_out: list[Source],
+    held_out: list[Records],
     encoder: Encoder,
     vocab_size: int,
 ) -> None:

@@ -26,7 +26,7 @@ class Pieces:
 
     def take(self, characters: int) -> Iterator[str]:
         """The pieces of so many characters; those that follow are left."""
-        while characters and (piece := next(self._pieces, "")):
+        while characters and (piece := next(self._pieces, None)) is not None:
             head, rest = piece[:characters], piece[characters:]
             if rest:
                 self._pieces = chain([rest], self._pieces)

@@ -59,7 +59,8 @@ def _add_tokenizer(config, run, train, found, split):
         model = loading.read_config(source)
         if model.get("quantization"):
             raise MCSDError(
-                f"[train] init_from must be a model of floats but {config.init_from} is quantized."
+                f"[train] init_from must be a model of floats but {config.init_from} is quantized: "
+                "name the model that it was made of, or `mlx_lm.convert --dequantize` it."
             )
         loading.load_tokenizer(source)
         for name in (*vocabulary.FILES, "generation_config.json"):

@@ -2,15 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..documents import split, strip
 from ..errors import MCSDError
-
-PIECE = 2**18
-"""Characters of a text read at a time."""
+from ..source import Source
 
 VALID = ("valid", "validation")
 """Names of held-out parts, mlx-lm's and Hugging Face's."""
@@ -42,79 +42,78 @@ class Record:
         characters, digest = 0, hashlib.blake2b(salt.encode(), digest_size=8)
         for piece in self.pieces:
             characters += len(piece)
-            digest.update(piece.encode(errors="surrogatepass"))
+            digest.update(piece.encode())
         return characters, int.from_bytes(digest.digest(), "little")
 
 
-class Source:
-    """A file or dataset, which can be iterated over again and again.
+@dataclass
+class Records:
+    """The records of a file or a dataset, which can be iterated over again and again.
 
     Attributes:
         name: of the file, for messages.
+        read: begins to read it.
     """
 
-    def __init__(self, name: str):
-        self.name = name
+    name: str
+    read: Callable[[], Iterator[Record]]
 
     def __iter__(self) -> Iterator[Record]:
-        raise NotImplementedError
+        return self.read()
 
 
-class TextFile(Source):
-    """A UTF-8 text: one document, or those that a separator stands between."""
+def text_file(name: str, separator: str | None) -> Records:
+    """A UTF-8 text: one document, or those that a separator stands between.
 
-    def __init__(self, name: str, separator: str | None):
-        super().__init__(name)
-        self.separator = separator
+    Newlines stay as they are, except around a separator: a model learns what the file holds.
+    """
 
-    def __iter__(self) -> Iterator[Record]:
-        if self.separator is None:
-            yield Record(self._pieces())
+    def read():
+        if separator is None:
+            yield Record(_text(name))
             return
-        rest = ""
-        for piece in self._pieces():
-            *documents, rest = (rest + piece).split(self.separator)
-            yield from (Record([d]) for d in map(_trim, documents) if d)
-        if rest := _trim(rest):
-            yield Record([rest])
+        for document in map(strip, split(_text(name), separator)):
+            if first := next(document, ""):
+                yield Record(chain([first], document))
 
-    def _pieces(self) -> Iterator[str]:
-        with _open(self.name) as file:
-            while piece := _read(self.name, file.read, PIECE):
-                yield piece
+    return Records(name, read)
 
 
-class JsonLines(Source):
+def json_lines(name: str) -> Records:
     """A .jsonl file: an object a line."""
 
-    def __iter__(self) -> Iterator[Record]:
-        with _open(self.name) as file:
-            number = 0
-            while line := _read(self.name, file.readline):
-                number += 1
-                if not line.strip():
-                    continue
-                place = f"{self.name}, line {number},"
-                try:
-                    content = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    _fail(f"{place} must hold JSON but: {error}.")
-                yield to_record(content, place)
+    def read():
+        for number, line in enumerate(map("".join, split(_text(name), "\n")), 1):
+            if not line.strip():
+                continue
+            place = f"{name}, line {number},"
+            try:
+                content = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                _fail(f"{place} must hold JSON but: {error}.")
+            yield to_record(content, place)
+
+    return Records(name, read)
 
 
-class Dataset(Source):
+def dataset(name: str, rows) -> Records:
     """What Hugging Face's ``save_to_disk`` wrote; its rows stay on the disk."""
 
-    def __init__(self, name: str, rows):
-        super().__init__(name)
-        self.rows = rows
+    def read():
+        for number, row in enumerate(rows):
+            yield to_record(row, f"{name}, row {number},")
 
-    def __iter__(self) -> Iterator[Record]:
-        for number, row in enumerate(self.rows):
-            yield to_record(row, f"{self.name}, row {number},")
+    return Records(name, read)
 
 
-def find(paths: list[str], separator: str | None) -> tuple[list[Source], list[Source]]:
+def _text(name: str) -> Source:
+    text = Source([name])
+    if text.total is None:
+        _fail(f"{name} must be a file, which is read more than once, but is a stream.")
+    return text
+
+
+def find(paths: list[str], separator: str | None) -> tuple[list[Records], list[Records]]:
     """Return the sources to train on, and those that a folder among them holds out.
 
     Raises:
@@ -129,24 +128,24 @@ def find(paths: list[str], separator: str | None) -> tuple[list[Source], list[So
             splits = _load_dataset(name)
             if "train" not in splits:
                 _fail(f"{name} must have a split train but has {', '.join(splits)}.")
-            train.append(Dataset(name, splits["train"]))
-            valid += [Dataset(f"{name} ({v})", splits[v]) for v in VALID if v in splits]
-        elif path.is_dir():
+            train.append(dataset(name, splits["train"]))
+            valid += [dataset(f"{name} ({v})", splits[v]) for v in VALID if v in splits]
+            continue
+        files = [name]
+        if path.is_dir():
             if not (path / "train.jsonl").is_file():
                 _fail(
                     f"{name} must hold train.jsonl, or what datasets' save_to_disk writes; of "
                     "other files name each."
                 )
-            train.append(JsonLines(str(path / "train.jsonl")))
-            files = [path / f"{v}.jsonl" for v in VALID]
-            valid += [JsonLines(str(file)) for file in files if file.is_file()]
-        elif path.suffix == ".jsonl":
-            train.append(JsonLines(name))
-        else:
-            train.append(TextFile(name, separator))
-    for source in (*train, *valid):
-        if not isinstance(source, Dataset):
-            _open(source.name).close()
+            held_out = (path / f"{v}.jsonl" for v in VALID)
+            files = [str(file) for file in (path / "train.jsonl", *held_out) if file.is_file()]
+        for file in files:
+            _text(file)  # before hours of work: it can be read
+        is_json = Path(files[0]).suffix == ".jsonl"
+        first, *others = (json_lines(f) if is_json else text_file(f, separator) for f in files)
+        train.append(first)
+        valid += others
     return train, valid
 
 
@@ -171,7 +170,7 @@ def to_record(content: Any, place: str) -> Record:
     keys = set(content) if isinstance(content, dict) else set()
     if {"prompt", "completion"} <= keys:
         prompt, completion = content["prompt"], content["completion"]
-        if not (isinstance(prompt, str) and isinstance(completion, str)):
+        if not (_is_text(prompt) and _is_text(completion)):
             _fail(f"{place} must have texts for prompt and completion but has others.")
         return Record([json.dumps([prompt, completion])], prompt=prompt, completion=completion)
     if "messages" in keys:
@@ -180,7 +179,7 @@ def to_record(content: Any, place: str) -> Record:
             _fail(f"{place} must have messages, a list of objects with role and content.")
         turns = [(m["role"], m["content"]) for m in messages]
         return Record([json.dumps(turns)], messages=turns)
-    if "text" in keys and isinstance(content["text"], str):
+    if "text" in keys and _is_text(content["text"]):
         return Record([content["text"]])
     found = ", ".join(sorted(keys)) or "none"
     _fail(f"{place} must have text, prompt and completion, or messages but has {found}.")
@@ -188,27 +187,15 @@ def to_record(content: Any, place: str) -> Record:
 
 def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and all(
-        isinstance(message.get(key), str) for key in ("role", "content")
+        _is_text(message.get(key)) for key in ("role", "content")
     )
 
 
-def _trim(document: str) -> str:
-    return document.strip("\r\n")
-
-
-def _open(name: str):
+def _is_text(value: Any) -> bool:
     try:
-        # Newlines as they are: what a model learns is what the file holds.
-        return open(name, encoding="utf-8", newline="")
-    except OSError as error:
-        _fail(f"cannot read {name}: {error.strerror}.")
-
-
-def _read(name: str, read, *args) -> str:
-    try:
-        return read(*args)
-    except UnicodeDecodeError as error:
-        _fail(f"{name} must be UTF-8 text but is not: {error.reason}.")
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
 
 
 def _fail(message: str):

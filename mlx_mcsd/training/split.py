@@ -6,7 +6,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import MCSDError
-from .sources import Source
+from .sources import Records
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Survey:
     messages: bool
 
 
-def survey(sources: list[Source], seed: int) -> Survey:
+def survey(sources: list[Records], seed: int) -> Survey:
     """Read everything once and count.
 
     Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import MCSDError
 from ..loading import read_json
 from ..tokenizer import save_tokenizer, train_sentencepiece
-from .sources import PIECE, Record, Source
+from .sources import Record, Records
 from .split import Split, Survey
 
 FILES = (
@@ -20,6 +20,9 @@ FILES = (
 
 SAMPLE = 10_000_000
 """Characters that a tokenizer is trained on, at most; more cost time and change little."""
+
+PIECE = 2**18
+"""Characters of a long text that are taken into the sample or left out of it together."""
 
 TEMPLATE = """\
 {{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>
@@ -57,7 +60,7 @@ def take_over(path: str, out: Path, context: int) -> None:
 
 
 def train(
-    sources: list[Source], found: Survey, split: Split | None, vocab_size: int, seed: int
+    sources: list[Records], found: Survey, split: Split | None, vocab_size: int, seed: int
 ) -> bytes:
     """Train a SentencePiece model on what is trained on, or on a sample of it.
 
