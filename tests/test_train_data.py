@@ -50,12 +50,14 @@ def test_a_text_file_is_one_document_or_several(tmp_path, monkeypatch, piece):
 def test_the_rest_of_a_document_can_be_left(tmp_path, monkeypatch, piece, taken):
     monkeypatch.setattr("mlx_mcsd.source.BYTES", piece)
     file = tmp_path / "a.txt"
-    file.write_text("first||second||third")
-    heads = [
-        "".join(Pieces(record.pieces, lambda n: None).take(taken))
-        for record in text_file(str(file), "||")
-    ]
-    assert heads == [text[:taken] for text in ("first", "second", "third")]
+    file.write_text("fürst||second||third")
+
+    def heads(separator):
+        records = text_file(str(file), separator)
+        return ["".join(Pieces(record.pieces, lambda n: None).take(taken)) for record in records]
+
+    assert heads("||") == [text[:taken] for text in ("fürst", "second", "third")]
+    assert heads(None) == ["fürst||second||third"[:taken]]
 
 
 def test_a_stream_is_refused(tmp_path):
