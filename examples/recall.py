@@ -7,7 +7,7 @@ value to be told. Attention keeps every pair; here all must fit in 2 L D numbers
 value, then noise, the value to be told at every distance; the noise is either of tokens that are
 never values, or of the values themselves. Tiny models learn each task from scratch, in a minute or
 two of one core each. Each leaves OUT/NAME.json, and a run that was stopped goes on with those that
-are missing; then come OUT/recall.md and OUT/recall.png.
+are missing, with the same --steps and --seed; then come OUT/recall.md and OUT/recall.png.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_mcsd import Model, ModelArgs
-from mlx_mcsd.errors import exits_cleanly
+from mlx_mcsd.errors import MCSDError, exits_cleanly
 from mlx_mcsd.files import write_atomically
 
 KEYS = VALUES = NOISE = 32
@@ -196,14 +196,21 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=CURVES, metavar="NAME", help="no others")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
+    asked = {"steps": args.steps, "seed": args.seed}
     results = {}
     for name, (learn, make, options) in CURVES.items():
         file = args.out / f"{name}.json"
         if not file.exists() and name in (args.only or CURVES):
             found = learn(name, make, args.steps, args.seed, **options)
-            write_atomically(file, json.dumps(found).encode())
+            write_atomically(file, json.dumps({"options": asked, "right": found}).encode())
         if file.exists():
-            results[name] = json.loads(file.read_text())
+            result = json.loads(file.read_text())
+            if result["options"] != asked:
+                raise MCSDError(
+                    f"{file} is of a run with other options; name another --out, or repeat those: "
+                    f"{result['options']}."
+                )
+            results[name] = result["right"]
     pairs = {name: r for name, r in results.items() if CURVES[name][0] is learn_pairs}
     needle = {name: r for name, r in results.items() if CURVES[name][0] is learn_needle}
     tables = [table(r, by) for r, by in ((pairs, "pairs"), (needle, "tokens since")) if r]

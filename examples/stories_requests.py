@@ -176,6 +176,37 @@ TALK = (
     ("Bye", "Goodbye! Come back for another story soon."),
 )
 
+# Sentences of drills. They are about {a}, and {b}.
+DRILL_ONE = (
+    "This is {a}.",
+    "{a} was {a_kind}.",
+    "Look, there is {a}!",
+    "{a} ran home.",
+    "{a} was happy.",
+    "{a} saw {a_thing}.",
+    "Everybody liked {a}.",
+    "Once upon a time, there was {a_kind} named {a}.",
+    "One day, {a} found {a_thing}.",
+    "What did {a} do?",
+    "{a} wanted the {thing}.",
+    "{a} smiled.",
+    "Then {a} laughed.",
+    "So {a} went to sleep.",
+    "The {kind} was called {a}.",
+    "The name of the {kind} was {a}.",
+)
+DRILL_TWO = (
+    "{a} met {b}.",
+    '"Hello, {b}!" said {a}.',
+    "{a} and {b} played.",
+    "{b} helped {a}.",
+    "{a} loved {b}.",
+    "{a} asked {b} for the {thing}.",
+    '"Thank you, {a}!" said {b}.',
+    "{b} was {a}'s friend.",
+)
+DRILL_THINGS = "ball kite boat cake tree hat key star book".split()
+
 
 def article(words):
     """``words`` with a or an before it."""
@@ -193,8 +224,11 @@ class Requests:
 
     def __init__(self, stories):
         self.spread, self.stories = Counter(), len(stories)
+        self.nameless = []
         for story in stories:
             self.spread.update(set(THING.findall(story)))
+            sentences = re.findall(r"[A-Z][^.!?\n\"]+[.!?](?= [A-Z])", story)
+            self.nameless += [s for s in sentences if not NAME.search(s)]
 
     @staticmethod
     def rename(story, rng):
@@ -215,6 +249,33 @@ class Requests:
             return story
         other = rng.choice(ANIMALS)
         return re.sub(rf"\b{noun}(?=s?\b)", other, story)
+
+    def drill(self, rng):
+        """Sentences that name one or two over and over: practice in keeping a name in mind.
+
+        Between them may come others, of the stories, so that it is kept longer and longer.
+
+        Returns:
+            A document, as of :func:`conversations`.
+        """
+        a, b = rng.sample(GIRLS + BOYS, 2)
+        kind, thing = rng.choice(ANIMALS + ["boy", "girl"] * 5), rng.choice(DRILL_THINGS)
+        facts = {"a": a, "b": b, "kind": kind, "a_kind": article(kind)}
+        facts |= {"thing": thing, "a_thing": article(thing)}
+        two = rng.random() < 0.4
+        sentences = rng.choices(DRILL_ONE + DRILL_TWO if two else DRILL_ONE, k=rng.randint(5, 15))
+        sentences[0] = rng.choice(DRILL_TWO if two else DRILL_ONE)  # who is asked for is there
+        between = rng.choice([0.0, 0.3, 0.6])
+        words = []
+        for sentence in sentences:
+            words.append(sentence.format(**facts))
+            while self.nameless and rng.random() < between:
+                words.append(rng.choice(self.nameless))
+        text = " ".join(words)
+        if rng.random() < 0.3:
+            return text
+        request = rng.choice(TWO if two else ONE + WHO)
+        return [(request.format(name=a, other=b, noun=kind, **facts), text)]
 
     def things(self, story):
         """Nouns that a story keeps coming back to and that not every story has."""

@@ -7,6 +7,7 @@ import numpy as np
 from stories_requests import ASSISTANT, USER, conversations
 
 PARTS = 4  # deals that one pass over the stories takes
+DRILL_STEPS = 25  # of training that a deal of drills takes
 
 
 class Streams:
@@ -14,7 +15,9 @@ class Streams:
 
     A deal is a part of a pass over the stories, some of them as answers in conversations, and as
     much of the books as ``book_share`` says: in full until ``books_flat`` of the training, then
-    less and less, and none from ``books_until`` on.
+    less and less, and none from ``books_until`` on. At first, for ``drills`` steps, there are only
+    drills, and then, less and less, ``drill_share`` of them beside the stories: a name is kept in
+    mind over pages only by what keeps it over a line.
     """
 
     def __init__(self, processor, stories, books, requests, args):
@@ -57,26 +60,47 @@ class Streams:
             tokens += [user, *asked, assistant, *told, eos]
         return tokens
 
+    def _drills(self, rng, tokens):
+        """Encoded drills of so many tokens."""
+        drills = []
+        while tokens > 0:
+            drills.append(np.array(self.encode(self.requests.drill(rng)), np.int16))
+            tokens -= len(drills[-1])
+        return drills
+
+    def _documents(self, rng, order):
+        """Encoded stories and books of a deal, and the first book after them."""
+        args = self.args
+        # In the end, names are as frequent again as the stories have them.
+        rename = args.rename * (1 - self.at)
+        documents = conversations(order, self.requests, rng, plain=args.plain, rename=rename)
+        encoded = [np.array(self.encode(document), np.int16) for document in documents]
+        tokens = sum(map(len, encoded))
+        share = args.drill_share * (1 - self.at)
+        encoded += self._drills(rng, share / (1 - share) * tokens)
+        share = self.book_share(self.at)
+        wanted = share / (1 - share) * tokens if self.books else 0
+        book = self.book
+        while wanted > 0:
+            encoded.append(np.array(self.encode(self.books[book % len(self.books)]), np.int16))
+            wanted, book = wanted - len(encoded[-1]), book + 1
+        return encoded, book
+
     def _lay_out(self):
         args = self.args
         epoch, part = divmod(self.deal, PARTS)
         order = random.Random(f"{args.seed}/{epoch}").sample(self.stories, len(self.stories))
         rng = random.Random(f"{args.seed}/{epoch}/{part}")
-        # In the end, names are as frequent again as the stories have them.
-        rename = args.rename * (1 - self.at)
-        documents = conversations(
-            order[part::PARTS], self.requests, rng, plain=args.plain, rename=rename
-        )
-        encoded = [np.array(self.encode(document), np.int16) for document in documents]
-        share = self.book_share(self.at)
-        wanted = share / (1 - share) * sum(map(len, encoded)) if self.books else 0
-        book = self.book
-        while wanted > 0:
-            encoded.append(np.array(self.encode(self.books[book % len(self.books)]), np.int16))
-            wanted, book = wanted - len(encoded[-1]), book + 1
-        self.next_book = book
+        drills_left = args.drills - round(self.at * args.steps)
+        if drills_left > 0:
+            limit = args.batch * (min(drills_left, DRILL_STEPS) * args.length + 1)
+            encoded = self._drills(rng, limit)
+            self.next_book = self.book
+        else:
+            limit = None
+            encoded, self.next_book = self._documents(rng, order[part::PARTS])
         rng.shuffle(encoded)
-        tokens = np.concatenate(encoded)
+        tokens = np.concatenate(encoded)[:limit]
         # What the user says, and that a document begins, is nothing to learn.
         user, assistant = map(self.processor.piece_to_id, (USER, ASSISTANT))
         asked = np.cumsum((tokens == user).astype(int) - (tokens == assistant))

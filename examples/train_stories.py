@@ -34,6 +34,7 @@ from mlx_mcsd.convert.reference.modeling_mcsd import MCSDForCausalLM, MCSDState
 from mlx_mcsd.errors import MCSDError, exits_cleanly
 from mlx_mcsd.files import write_atomically
 from mlx_mcsd.tokenizer import save_tokenizer, train_sentencepiece
+from mlx_mcsd.training.report import draw
 
 
 def parse_args(argv=None):
@@ -68,6 +69,12 @@ def parse_args(argv=None):
     parser.add_argument("--plain", type=float, default=0.5, help="stories that nobody asks for")
     parser.add_argument(
         "--rename", type=float, default=0.9, help="of those, with other names, at the start"
+    )
+    parser.add_argument(
+        "--drills", type=int, default=200, help="steps at the start that only drill names"
+    )
+    parser.add_argument(
+        "--drill-share", type=float, default=0.15, help="of drills beside stories, after that"
     )
     parser.add_argument(
         "--names", action=argparse.BooleanOptionalAction, default=True, help="names are one token"
@@ -147,28 +154,6 @@ def save_atomically(payload, path):
     partial = path.with_suffix(".partial")
     torch.save(payload, partial)
     partial.replace(path)
-
-
-def plot(log, path):
-    """Loss curve: training bits per token, held-out bits per character."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    train = [(r["step"], r["bits_per_character"]) for r in log if r["kind"] == "train"]
-    unseen = [(r["step"], r["bits_per_character"]) for r in log if r["kind"] == "unseen"]
-    axes.plot(*zip(*train, strict=True), lw=1, color="#9ecae1", label="training (with dropout)")
-    axes.plot(*zip(*unseen, strict=True), "o-", ms=3, color="#d9480f", label="unseen stories")
-    axes.set(xlabel="step", ylabel="bits per character", title="Bundled storyteller")
-    low = min(value for _, value in train + unseen)
-    axes.set_ylim(0.9 * low, 2.2)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
 
 
 @exits_cleanly
@@ -261,14 +246,12 @@ def main(argv=None):
         bits = loss.item() / math.log(2) / characters_per_token
         if step % 10 == 0:
             bar.set_postfix(bpc=f"{bits:.3f}", norm=f"{norm:.2f}")
-            log.append({"kind": "train", "step": step, "bits_per_character": round(bits, 4)})
+            log.append({"step": step, "bits_per_character": round(bits, 4)})
         if step % args.evaluate_every == 0 or step == args.steps:
             unseen_bits = bits_per_character(model, unseen, unseen_texts)
-            log.append(
-                {"kind": "unseen", "step": step, "bits_per_character": round(unseen_bits, 4)}
-            )
+            log.append({"step": step, "val_bits_per_character": round(unseen_bits, 4)})
             bar.write(f"step {step}: {unseen_bits:.4f} bits per character on unseen stories")
-            plot(log, args.out / "loss.png")
+            write_atomically(args.out / "loss.png", draw(log))
         if step % args.checkpoint_every == 0 or step == args.steps:
             save_atomically(
                 {
@@ -290,7 +273,8 @@ def main(argv=None):
     # The picture of a run that went on from another shows both.
     before = earlier["step"] if earlier else 0
     later = [line | {"step": before + line["step"]} for line in log]
-    plot([*(earlier["log"] if earlier else []), *later], args.out / "loss.png")
+    picture = draw([*(earlier["log"] if earlier else []), *later])
+    write_atomically(args.out / "loss.png", picture)
     hf = args.out / "hf"
     # How a story reads best; generate() and mlx_mcsd.generate take it from here.
     model.generation_config.update(do_sample=True, temperature=0.7, top_p=0.95, max_new_tokens=400)

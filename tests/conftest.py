@@ -1,5 +1,6 @@
 """Settings that must precede every import of MLX and transformers, and the optional sample data."""
 
+import io
 import os
 from pathlib import Path
 
@@ -12,6 +13,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import mlx.core as mx
 import pytest
+import tqdm
+
+import tiny
+from mlx_mcsd import load
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,3 +39,36 @@ def data_dir():
     if not path.is_dir():
         pytest.skip("no sample data: MLX_MCSD_DATA is unset and ../shared/data is absent")
     return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random model whose tokenizer has an end of text: (directory, config, tensors)."""
+    directory = tmp_path_factory.mktemp("checkpoint") / "model"
+    config, tensors = tiny.write_model(directory)
+    tiny.write_tokenizer(directory, eos_token="</s>")
+    return directory, config, tensors
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    """Model and tokenizer of ``checkpoint``."""
+    return load(checkpoint[0])
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """The progress bars to come, and where each stands by and by: (bar, [(n, total)])."""
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options | {"disable": False, "file": io.StringIO()})
+            bars.append((self, []))
+
+        def update(self, n):
+            super().update(n)
+            bars[-1][1].append((self.n, self.total))
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    return bars

@@ -1,6 +1,5 @@
 """Scores of texts: those of the quadratic oracle in float64, however the text comes in pieces."""
 
-import io
 import json
 import math
 import os
@@ -12,7 +11,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-import tqdm
 
 import oracle
 import tiny
@@ -24,20 +22,6 @@ from mlx_mcsd.scoring import Score, score
 
 EOS = tiny.PIECES.index("</s>")
 STORIES = ["a b ab\nb", "漢字, é a b a b\n\n a", "b", "ab" * 40]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A random model, its tokenizer with an end of text: (directory, config, tensors)."""
-    directory = tmp_path_factory.mktemp("evaluate") / "model"
-    config, tensors = tiny.write_model(directory)
-    tiny.write_tokenizer(directory, eos_token="</s>")
-    return directory, config, tensors
-
-
-@pytest.fixture(scope="module")
-def loaded(checkpoint):
-    return load(checkpoint[0])
 
 
 def bits(checkpoint, *ids):
@@ -198,22 +182,11 @@ def test_the_table(run, tmp_path):
     assert "total" not in run("whole.txt")[1]
 
 
-def test_the_bar_reaches_the_end(run, tmp_path, monkeypatch):
+def test_the_bar_reaches_the_end(run, tmp_path, bars):
     (tmp_path / "long.txt").write_text("ab a\n" * 7001)
-    bars = []
-
-    class Bar(tqdm.tqdm):
-        def __init__(self, **options):
-            super().__init__(**options | {"disable": False, "file": io.StringIO()})
-            bars.append((self, []))
-
-        def update(self, n):
-            super().update(n)
-            bars[-1][1].append(self.n)
-
-    monkeypatch.setattr(tqdm, "tqdm", Bar)
     assert run("long.txt")[0] == 0
-    ((bar, steps),) = bars
+    ((bar, figures),) = bars
+    steps = [n for n, _ in figures]
     assert steps == sorted(steps) and steps[0] < 20_000
     assert bar.n == bar.total == 35005
 

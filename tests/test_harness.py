@@ -29,19 +29,6 @@ PAIRS = [
 TEXTS = ["a b ab", "b", "漢字 a\n\nb" * 3, "a", "ab" * 30]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("harness") / "model"
-    config, tensors = tiny.write_model(directory)
-    tiny.write_tokenizer(directory, eos_token="</s>")
-    return directory, config, tensors
-
-
-@pytest.fixture(scope="module")
-def loaded(checkpoint):
-    return load(checkpoint[0])
-
-
 @pytest.fixture
 def without_bos(checkpoint, tmp_path):
     """The same model; its tokenizer begins texts with no token: loads it with these settings."""

@@ -1,6 +1,5 @@
 """The read command: the state of the whole text, in constant memory, through interruptions."""
 
-import io
 import json
 import os
 import re
@@ -12,7 +11,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import tqdm
 
 import tiny
 from mlx_mcsd import generation, load, read
@@ -78,20 +76,8 @@ def test_the_state_is_that_of_the_whole_text(run, book, directory, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.state", "book.txt"]
 
 
-def test_the_bar_counts_tokens_to_the_end(run, tmp_path, monkeypatch):
+def test_the_bar_counts_tokens_to_the_end(run, tmp_path, bars):
     (tmp_path / "ascii.txt").write_text("ab a\n" * 7001)
-    bars = []
-
-    class Bar(tqdm.tqdm):
-        def __init__(self, **options):
-            super().__init__(**options | {"disable": False, "file": io.StringIO()})
-            bars.append((self, []))
-
-        def update(self, n):
-            super().update(n)
-            bars[-1][1].append((self.n, self.total))
-
-    monkeypatch.setattr(tqdm, "tqdm", Bar)
     code, out, _ = run(tmp_path / "ascii.txt", "--save", tmp_path / "a.state")
     (bar, figures), count = bars[0], int(re.match(r"Read: (\d+) tokens", out)[1])
     assert code == 0 and count > 21_000

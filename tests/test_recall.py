@@ -48,12 +48,15 @@ def test_a_model_learns_and_a_run_goes_on(recall, tmp_path, monkeypatch, capsys)
     names = ["D = 16, C = 8", "C = 2, other noise"]
     argv = ["--out", str(tmp_path), "--steps", "120"]
     recall.main([*argv, "--only", names[1]])
-    found = json.loads((tmp_path / f"{names[1]}.json").read_text())
+    found = json.loads((tmp_path / f"{names[1]}.json").read_text())["right"]
     assert [*found] == ["2", "4", "8"]
     assert found["2"] > 0.5  # by chance 1 / 32
 
-    recall.main([*argv, "--only", names[0], "--steps", "1"])
+    recall.main([*argv, "--only", names[0]])
     capsys.readouterr()
+    with pytest.raises(SystemExit):
+        recall.main([*argv, "--seed", "1"])
+    assert "is of a run with other options" in capsys.readouterr().err
     monkeypatch.setattr(recall, "train", None)  # both are there: nothing is left to learn
     recall.main([*argv, "--only", *names])
     out = capsys.readouterr().out

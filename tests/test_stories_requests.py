@@ -120,6 +120,24 @@ def test_every_story_is_told_once_a_pass(module, requests):
     assert documents == again
 
 
+def test_a_drill_names_whom_it_was_asked_about(module, requests):
+    rng = random.Random(0)
+    drills = [requests.drill(rng) for _ in range(300)]
+    asked = [drill[0] for drill in drills if not isinstance(drill, str)]
+    assert 180 < len(asked) < 240
+    two = 0
+    for request, text in asked:
+        names = set(module.NAME.findall(request))
+        assert names and names <= set(module.NAME.findall(text)) and "{" not in request + text
+        assert len(module.NAME.findall(text)) >= 5
+        two += len(names) == 2
+    assert 50 < two < 120
+    # Others come between, of the stories, and name nobody.
+    between = "It rained all day."
+    assert between in requests.nameless and not module.NAME.search(" ".join(requests.nameless))
+    assert 50 < sum(between in text for _, text in asked) < 150
+
+
 @pytest.fixture
 def streams(module, requests, tmp_path):
     from stories_streams import Streams
@@ -129,6 +147,7 @@ def streams(module, requests, tmp_path):
     args = argparse.Namespace(
         **{"seed": 0, "batch": 2, "length": 8, "plain": 0.5, "rename": 1.0},
         **{"book_share": 0.5, "books_flat": 0.2, "books_until": 0.8},
+        **{"steps": 100, "drills": 0, "drill_share": 0.0},
     )
     processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
     books = [["A book."] * 3, ["Another one, which is longer."] * 5]
@@ -193,6 +212,32 @@ def test_names_come_back_to_what_the_stories_have(streams):
         seen[progress] = [any(name in text for name in known) for text in texts if "little" in text]
     assert len(seen[0.0]) > 5 and sum(seen[0.0]) < len(seen[0.0]) / 2
     assert len(seen[1.0]) > 5 and all(seen[1.0])
+
+
+@pytest.mark.parametrize("drills", [0, 1, 30, 60])
+def test_drills_come_first_and_fade_out(streams, drills):
+    streams, _ = streams
+    streams.args.drills, streams.args.drill_share = drills, 0.5
+    streams.stories = STORIES * 99
+    told = "Then the sun came out."  # which no drill says
+
+    def tell(progress):
+        tokens, _, fresh = streams.next(progress)
+        assert tokens.shape == (2, 9)
+        text = "".join(streams.processor.decode(row.tolist()) for row in streams.rows)
+        return fresh, text.count("Everybody liked") / len(text), told in text
+
+    deals = []
+    for step in range(drills + 1):
+        fresh, share, stories = tell(step / 100)
+        if fresh:
+            deals.append((step, stories))
+    assert deals == [*((step, False) for step in range(0, drills, 25)), (drills, True)]
+    shares = [share]
+    for progress in (0.8, 1.0):
+        streams.rows = None
+        shares.append(tell(progress)[1])
+    assert shares[0] > shares[1] > shares[2] == 0
 
 
 def test_a_stream_goes_on_where_it_stood(streams):

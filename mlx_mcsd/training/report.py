@@ -118,17 +118,19 @@ class Report:
         if not (self._pictures and self._log):
             return
         try:
-            import matplotlib
+            picture = draw(self._log)
         except ImportError:
             self.say(f"No {PICTURE}: pip install 'mlx-mcsd[plot]' draws the loss.")
             self._pictures = False
             return
-        matplotlib.use("Agg")
-        write_atomically(self._folder / PICTURE, draw(self._log))
+        write_atomically(self._folder / PICTURE, picture)
 
 
 def draw(log: list[dict]) -> bytes:
     """The picture of a log, as a PNG: bits per character by step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
