@@ -244,3 +244,18 @@ def test_a_damaged_checkpoint(tmp_path):
     mx.save_safetensors(str(path), {"a": mx.zeros(1)})
     with pytest.raises(MCSDError, match="must be a checkpoint of this version"):
         checkpoint.load(path)
+
+
+def test_a_compiled_step_learns_the_same(monkeypatch):
+    """As on a GPU: its masks of dropout, states and rates are arguments, not constants."""
+    settings = dict(dropout=0.2, grad_checkpoint=True, max_grad_norm=0.5, learning_rate=1e-2)
+    parts, plain, compiled = segments(), make(**settings), make(**settings)
+    want = run(plain, parts)
+    monkeypatch.setattr("mlx_mcsd.training.step.compiles", lambda: True)
+    mx.enable_compile()
+    try:
+        got = run(compiled, parts)
+    finally:
+        mx.disable_compile()
+    assert np.allclose(got, want, rtol=TOLERANCE)
+    assert_close(weights(compiled), weights(plain), tolerance=1e-4)
