@@ -57,6 +57,22 @@ def loaded(checkpoint):
 
 
 @pytest.fixture
+def command(capsys):
+    """Calls a command's main with arguments: (exit code, output, errors)."""
+
+    def call(main, *argv):
+        code = 0
+        try:
+            main([*map(str, argv)])
+        except SystemExit as caught:
+            code = caught.code
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+@pytest.fixture
 def bars(monkeypatch):
     """The progress bars to come, and where each stands by and by: (bar, [(n, total)])."""
     bars = []

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import tracemalloc
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -116,20 +117,10 @@ def test_split_and_strip_are_those_of_whole_strings(separator, size):
 
 
 @pytest.fixture
-def run(checkpoint, capsys, tmp_path, monkeypatch):
-    """Runs the command on the random model in a folder of its own: status, output, errors."""
+def run(command, checkpoint, tmp_path, monkeypatch):
+    """The command on the random model, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*argv):
-        code = 0
-        try:
-            evaluate.main(["--model", str(checkpoint[0]), *argv])
-        except SystemExit as caught:
-            code = caught.code
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
+    return partial(command, evaluate.main, "--model", checkpoint[0])
 
 
 def write_files(folder):

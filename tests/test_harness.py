@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -133,17 +134,8 @@ def task(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(checkpoint, capsys):
-    def run(*argv):
-        code = 0
-        try:
-            evaluate.main(["--model", str(checkpoint[0]), *argv])
-        except SystemExit as caught:
-            code = caught.code
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
+def run(command, checkpoint):
+    return partial(command, evaluate.main, "--model", checkpoint[0])
 
 
 def test_a_local_task_is_scored(run, checkpoint, loaded, task):

@@ -35,17 +35,13 @@ def book(tmp_path):
 
 
 @pytest.fixture
-def run(directory, capsys, tmp_path):
-    """Runs the command on the random model: status, standard output, standard error."""
+def run(command, directory, tmp_path):
+    """The command on the random model; its folder is a dot in what it prints."""
 
     def run(*argv):
-        code = 0
-        try:
-            read.main(["--model", str(directory), "--prefill-step-size", "500", *map(str, argv)])
-        except SystemExit as caught:
-            code = caught.code
-        out = capsys.readouterr()
-        return code, out.out.replace(str(tmp_path), "."), out.err.replace(str(tmp_path), ".")
+        words = "--model", directory, "--prefill-step-size", 500, *argv
+        code, *printed = command(read.main, *words)
+        return code, *(text.replace(str(tmp_path), ".") for text in printed)
 
     return run
 
