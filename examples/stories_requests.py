@@ -250,10 +250,12 @@ class Requests:
         other = rng.choice(ANIMALS)
         return re.sub(rf"\b{noun}(?=s?\b)", other, story)
 
-    def drill(self, rng):
+    def drill(self, rng, far=1.0):
         """Sentences that name one or two over and over: practice in keeping a name in mind.
 
-        Between them may come others, of the stories, so that it is kept longer and longer.
+        Args:
+            rng: a ``random.Random``.
+            far: from 0, nothing else, to 1, often a few sentences of stories between two of them.
 
         Returns:
             A document, as of :func:`conversations`.
@@ -265,7 +267,7 @@ class Requests:
         two = rng.random() < 0.4
         sentences = rng.choices(DRILL_ONE + DRILL_TWO if two else DRILL_ONE, k=rng.randint(5, 15))
         sentences[0] = rng.choice(DRILL_TWO if two else DRILL_ONE)  # who is asked for is there
-        between = rng.choice([0.0, 0.3, 0.6])
+        between = far * rng.choice([0.0, 0.3, 0.6])
         words = []
         for sentence in sentences:
             words.append(sentence.format(**facts))

@@ -16,8 +16,8 @@ class Streams:
     A deal is a part of a pass over the stories, some of them as answers in conversations, and as
     much of the books as ``book_share`` says: in full until ``books_flat`` of the training, then
     less and less, and none from ``books_until`` on. At first, for ``drills`` steps, there are only
-    drills, and then, less and less, ``drill_share`` of them beside the stories: a name is kept in
-    mind over pages only by what keeps it over a line.
+    drills, and then, less and less, ``drill_share`` of them beside the rest: a name is kept in mind
+    over pages only by what keeps it over a line.
     """
 
     def __init__(self, processor, stories, books, requests, args):
@@ -60,11 +60,11 @@ class Streams:
             tokens += [user, *asked, assistant, *told, eos]
         return tokens
 
-    def _drills(self, rng, tokens):
+    def _drills(self, rng, tokens, far):
         """Encoded drills of so many tokens."""
         drills = []
         while tokens > 0:
-            drills.append(np.array(self.encode(self.requests.drill(rng)), np.int16))
+            drills.append(np.array(self.encode(self.requests.drill(rng, far)), np.int16))
             tokens -= len(drills[-1])
         return drills
 
@@ -75,15 +75,14 @@ class Streams:
         rename = args.rename * (1 - self.at)
         documents = conversations(order, self.requests, rng, plain=args.plain, rename=rename)
         encoded = [np.array(self.encode(document), np.int16) for document in documents]
-        tokens = sum(map(len, encoded))
-        share = args.drill_share * (1 - self.at)
-        encoded += self._drills(rng, share / (1 - share) * tokens)
         share = self.book_share(self.at)
-        wanted = share / (1 - share) * tokens if self.books else 0
+        wanted = share / (1 - share) * sum(map(len, encoded)) if self.books else 0
         book = self.book
         while wanted > 0:
             encoded.append(np.array(self.encode(self.books[book % len(self.books)]), np.int16))
             wanted, book = wanted - len(encoded[-1]), book + 1
+        share = args.drill_share * (1 - self.at)
+        encoded += self._drills(rng, share / (1 - share) * sum(map(len, encoded)), far=1.0)
         return encoded, book
 
     def _lay_out(self):
@@ -94,7 +93,8 @@ class Streams:
         drills_left = args.drills - round(self.at * args.steps)
         if drills_left > 0:
             limit = args.batch * (min(drills_left, DRILL_STEPS) * args.length + 1)
-            encoded = self._drills(rng, limit)
+            far = max(0.0, 1 - 2 * drills_left / args.drills)  # from the middle on
+            encoded = self._drills(rng, limit, far)
             self.next_book = self.book
         else:
             limit = None

@@ -71,10 +71,10 @@ def parse_args(argv=None):
         "--rename", type=float, default=0.9, help="of those, with other names, at the start"
     )
     parser.add_argument(
-        "--drills", type=int, default=200, help="steps at the start that only drill names"
+        "--drills", type=int, default=250, help="steps at the start that only drill names"
     )
     parser.add_argument(
-        "--drill-share", type=float, default=0.15, help="of drills beside stories, after that"
+        "--drill-share", type=float, default=0.12, help="of drills in the tokens after that"
     )
     parser.add_argument(
         "--names", action=argparse.BooleanOptionalAction, default=True, help="names are one token"

@@ -136,6 +136,7 @@ def test_a_drill_names_whom_it_was_asked_about(module, requests):
     between = "It rained all day."
     assert between in requests.nameless and not module.NAME.search(" ".join(requests.nameless))
     assert 50 < sum(between in text for _, text in asked) < 150
+    assert not any(between in str(requests.drill(rng, far=0.0)) for _ in range(300))
 
 
 @pytest.fixture
