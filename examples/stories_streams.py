@@ -15,9 +15,10 @@ class Streams:
 
     A deal is a part of a pass over the stories, some of them as answers in conversations, and as
     much of the books as ``book_share`` says: in full until ``books_flat`` of the training, then
-    less and less, and none from ``books_until`` on. At first, for ``drills`` steps, there are only
-    drills, and then, less and less, ``drill_share`` of them beside the rest: a name is kept in mind
-    over pages only by what keeps it over a line.
+    less and less, and none from ``books_until`` on. At first and when the books are gone, for so
+    many steps each as ``drills`` says, there are only drills, and behind both, less and less,
+    ``drill_share`` of them beside the rest: a name is kept in mind over pages only by what keeps it
+    over a line, and books, with few of these names, make that fade.
     """
 
     def __init__(self, processor, stories, books, requests, args):
@@ -81,7 +82,7 @@ class Streams:
         while wanted > 0:
             encoded.append(np.array(self.encode(self.books[book % len(self.books)]), np.int16))
             wanted, book = wanted - len(encoded[-1]), book + 1
-        share = args.drill_share * (1 - self.at)
+        share = args.drill_share[self.at >= args.books_until] * (1 - self.at)
         encoded += self._drills(rng, share / (1 - share) * sum(map(len, encoded)), far=1.0)
         return encoded, book
 
@@ -90,17 +91,22 @@ class Streams:
         epoch, part = divmod(self.deal, PARTS)
         order = random.Random(f"{args.seed}/{epoch}").sample(self.stories, len(self.stories))
         rng = random.Random(f"{args.seed}/{epoch}/{part}")
-        drills_left = args.drills - round(self.at * args.steps)
-        if drills_left > 0:
-            limit = args.batch * (min(drills_left, DRILL_STEPS) * args.length + 1)
-            far = max(0.0, 1 - 2 * drills_left / args.drills)  # from the middle on
-            encoded = self._drills(rng, limit, far)
-            self.next_book = self.book
+        step = round(self.at * args.steps)
+        begins = (0, round(args.books_until * args.steps))
+        # A deal of stories ends where drills begin.
+        steps = min((begin - step for begin in begins if begin > step), default=args.steps)
+        for begin, drills in zip(begins, args.drills, strict=True):
+            left = begin + drills - step
+            if begin <= step and left > 0:
+                steps = min(left, DRILL_STEPS)
+                far = max(0.0, 1 - 2 * left / drills)  # from the middle on
+                encoded = self._drills(rng, args.batch * (steps * args.length + 1), far)
+                self.next_book = self.book
+                break
         else:
-            limit = None
             encoded, self.next_book = self._documents(rng, order[part::PARTS])
         rng.shuffle(encoded)
-        tokens = np.concatenate(encoded)[:limit]
+        tokens = np.concatenate(encoded)[: args.batch * (steps * args.length + 1)]
         # What the user says, and that a document begins, is nothing to learn.
         user, assistant = map(self.processor.piece_to_id, (USER, ASSISTANT))
         asked = np.cumsum((tokens == user).astype(int) - (tokens == assistant))

@@ -71,10 +71,18 @@ def parse_args(argv=None):
         "--rename", type=float, default=0.9, help="of those, with other names, at the start"
     )
     parser.add_argument(
-        "--drills", type=int, default=250, help="steps at the start that only drill names"
+        "--drills",
+        nargs=2,
+        type=int,
+        default=[250, 250],
+        help="steps that only drill names: at the start, and when the books are gone",
     )
     parser.add_argument(
-        "--drill-share", type=float, default=0.12, help="of drills in the tokens after that"
+        "--drill-share",
+        nargs=2,
+        type=float,
+        default=[0.12, 0.5],
+        help="of drills in the tokens behind each of these; it fades as training goes on",
     )
     parser.add_argument(
         "--names", action=argparse.BooleanOptionalAction, default=True, help="names are one token"

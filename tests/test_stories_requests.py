@@ -148,7 +148,7 @@ def streams(module, requests, tmp_path):
     args = argparse.Namespace(
         **{"seed": 0, "batch": 2, "length": 8, "plain": 0.5, "rename": 1.0},
         **{"book_share": 0.5, "books_flat": 0.2, "books_until": 0.8},
-        **{"steps": 100, "drills": 0, "drill_share": 0.0},
+        **{"steps": 10_000, "drills": [0, 0], "drill_share": [0.0, 0.0]},
     )
     processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
     books = [["A book."] * 3, ["Another one, which is longer."] * 5]
@@ -215,30 +215,29 @@ def test_names_come_back_to_what_the_stories_have(streams):
     assert len(seen[1.0]) > 5 and all(seen[1.0])
 
 
-@pytest.mark.parametrize("drills", [0, 1, 30, 60])
-def test_drills_come_first_and_fade_out(streams, drills):
+@pytest.mark.parametrize("drills", [0, 1, 30])
+def test_drills_come_first_and_when_the_books_are_gone(streams, drills):
     streams, _ = streams
-    streams.args.drills, streams.args.drill_share = drills, 0.5
-    streams.stories = STORIES * 99
+    streams.args.drills, streams.args.drill_share = [drills, 2 * drills], [0.2, 0.8]
+    streams.args.steps, streams.args.books_until = 1000, 0.2
+    streams.stories = STORIES * 20  # a deal of them is a dozen steps
     told = "Then the sun came out."  # which no drill says
 
-    def tell(progress):
-        tokens, _, fresh = streams.next(progress)
+    deals, shares = [], {}
+    for step in range(500):
+        tokens, _, fresh = streams.next(step / 1000)
         assert tokens.shape == (2, 9)
-        text = "".join(streams.processor.decode(row.tolist()) for row in streams.rows)
-        return fresh, text.count("Everybody liked") / len(text), told in text
-
-    deals = []
-    for step in range(drills + 1):
-        fresh, share, stories = tell(step / 100)
         if fresh:
-            deals.append((step, stories))
-    assert deals == [*((step, False) for step in range(0, drills, 25)), (drills, True)]
-    shares = [share]
-    for progress in (0.8, 1.0):
-        streams.rows = None
-        shares.append(tell(progress)[1])
-    assert shares[0] > shares[1] > shares[2] == 0
+            text = "".join(streams.processor.decode(row.tolist()) for row in streams.rows)
+            deals.append((step, told in text))
+            shares[step] = text.count("Everybody liked") / len(text)
+    begins = [(b + s, False) for b, n in ((0, drills), (200, 2 * drills)) for s in range(0, n, 25)]
+    assert [deal for deal in deals if not deal[1]] == begins
+    assert {(drills, True), (200 + 2 * drills, True)} <= {*deals}
+    assert shares[drills] < shares[200 + 2 * drills]
+    streams.rows = None
+    streams.next(1.0)
+    assert not any("Everybody liked" in streams.processor.decode(r.tolist()) for r in streams.rows)
 
 
 def test_a_stream_goes_on_where_it_stood(streams):
