@@ -22,15 +22,12 @@ CANDIDATES = {
     "base": {},
     "narrower": {"hidden_size": 192, "intermediate_size": 576},
     "wider": {"hidden_size": 320, "intermediate_size": 960},
-    "much wider": {"hidden_size": 384, "intermediate_size": 1152},
     "shallower": {"layers": 3},
     "deeper": {"layers": 8},
     "per-channel projections": {"projection": "channel"},
     "fusion concat": {"fusion": "concat"},
-    "fewer channels": {"channels": 4},
-    "more channels": {"channels": 16},
-    "larger vocabulary": {"vocab_size": 4096},
 }
+STORIES_ALONE = ["--plain", "1", "--rename", "0", "--drills", "0", "0", "--drill-share", "0", "0"]
 TOKENS = 4096  # a step: 16 rows of 256
 
 
@@ -83,7 +80,7 @@ def main(argv=None):
             data = ["--stories", *args.stories, "--lower", *args.lower]
             print(f"{name}: {steps} steps", file=sys.stderr)
             with redirect_stdout(sys.stderr):
-                train_stories.main(["--out", str(out), *data, *flags, *more])
+                train_stories.main(["--out", str(out), *data, *STORIES_ALONE, *flags, *more])
         facts = json.loads((out / "facts.json").read_text())
         config = json.loads((out / "hf" / "config.json").read_text())
         results[name] = facts | {key: config[key] for key in ("projection", "fusion")}

@@ -104,7 +104,7 @@ class Streams:
                 self.next_book = self.book
                 break
         else:
-            encoded, self.next_book = self._documents(rng, order[part::PARTS])
+            encoded, self.next_book = self._documents(rng, order[part::PARTS] or order)
         rng.shuffle(encoded)
         tokens = np.concatenate(encoded)[: args.batch * (steps * args.length + 1)]
         # What the user says, and that a document begins, is nothing to learn.

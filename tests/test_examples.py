@@ -102,12 +102,12 @@ def train(stories):
         options = {
             **{"vocab_size": 330, "hidden_size": 16, "channels": 2, "layers": 1},
             **{"intermediate_size": 24, "batch": 2, "length": 16, "steps": steps, "threads": 1},
-            **{"evaluate_every": 20, "checkpoint_every": 2, "drills": 2},
+            **{"evaluate_every": 20, "checkpoint_every": 2},
             **more,
         }
         flags = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
         data = ["--stories", stories["cased"], "--lower", stories["lower"]]
-        data += ["--books", stories["books"], "--no-names"]
+        data += ["--books", stories["books"], "--no-names", "--drills", 2, 2]
         train_stories.main([*map(str, ["--out", out, *data]), *flags])
         return out
 
