@@ -107,7 +107,7 @@ def train(stories):
         }
         flags = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
         data = ["--stories", stories["cased"], "--lower", stories["lower"]]
-        data += ["--books", stories["books"], "--no-names", "--drills", 2, 2]
+        data += ["--books", stories["books"], "--no-names", "--drills", 2, 2, "--drill-share", 0, 0]
         train_stories.main([*map(str, ["--out", out, *data]), *flags])
         return out
 
