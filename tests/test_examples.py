@@ -115,7 +115,7 @@ def train(stories):
 
 
 def test_training_learns_and_writes_all_it_promises(train, tmp_path):
-    out = train(tmp_path / "run", 40)
+    out = train(tmp_path / "run", 80)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     training, unseen = (
         [entry[key] for entry in log if key in entry]
