@@ -52,19 +52,22 @@ def parse_args(argv=None):
     parser.add_argument("--projection", choices=["dense", "channel"], default="dense")
     parser.add_argument("--fusion", choices=["add", "concat"], default="add")
     parser.add_argument("--bf16", action="store_true", help="multiply matrices in bfloat16")
-    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--steps", type=int, default=4400)
     parser.add_argument("--batch", type=int, default=16, help="rows a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a row and step")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--dropout", type=float, default=0.1, help="on each residual branch")
-    parser.add_argument("--embedding-dropout", type=float, default=0.0)
-    parser.add_argument("--book-share", type=float, default=0.4, help="of the tokens at the start")
+    parser.add_argument("--dropout", type=float, default=0.15, help="on each residual branch")
+    parser.add_argument("--embedding-dropout", type=float, default=0.05)
+    parser.add_argument("--book-share", type=float, default=0.6, help="of the tokens at the start")
     parser.add_argument(
-        "--books-flat", type=float, default=0.0, help="part of the steps with that share of them"
+        "--books-flat", type=float, default=0.28, help="part of the steps with that share of them"
     )
     parser.add_argument(
-        "--books-until", type=float, default=0.5, help="part of the steps after which they are gone"
+        "--books-until",
+        type=float,
+        default=0.35,
+        help="part of the steps after which they are gone",
     )
     parser.add_argument("--plain", type=float, default=0.5, help="stories that nobody asks for")
     parser.add_argument(
@@ -74,7 +77,7 @@ def parse_args(argv=None):
         "--drills",
         nargs=2,
         type=int,
-        default=[250, 250],
+        default=[250, 200],
         help="steps that only drill names: at the start, and when the books are gone",
     )
     parser.add_argument(

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.sample_utils import make_sampler
 
 from mlx_mcsd import load
 from mlx_mcsd.generate import main
@@ -33,9 +34,9 @@ def card():
 def test_size(bundled, card):
     model, _ = bundled
     parameters = sum(p.size for _, p in tree_flatten(model.parameters()))
-    assert 3e6 <= parameters <= 5.5e6
+    assert 3e6 <= parameters <= 7.5e6
     assert f"{parameters / 1e6:.2f} million" in card
-    assert sum(f.stat().st_size for f in resolve().iterdir()) <= 12e6
+    assert sum(f.stat().st_size for f in resolve().iterdir()) <= 15e6
 
 
 def test_float16_on_disk_and_float32_on_the_cpu(bundled):
@@ -65,9 +66,43 @@ def test_a_story_streams_and_ends_by_itself(capsys):
     assert "State: " in out
 
 
+@pytest.mark.parametrize("dialog", [1, 2])
+def test_a_conversation_is_what_it_was_taught(bundled, dialog):
+    """Control tokens around the request; a reply ends like a story, so that another can follow."""
+    _, tokenizer = bundled
+    turns = [("user", "Tell me a story."), ("assistant", "A dog ran."), ("user", "Another one.")]
+    messages = [{"role": r, "content": t} for r, t in turns[: 2 * dialog - 1]]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+    assert (ids[0], ids[1], ids[-1]) == (tokenizer.bos_token_id, user, assistant)
+    assert ids.count(tokenizer.eos_token_id) == ids.count(assistant) - 1 == dialog - 1
+    assert tokenizer.decode(ids[2:-1], skip_special_tokens=True).startswith("Tell me a story.")
+
+
+def test_the_one_who_was_asked_for_is_in_the_story(bundled, root, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "examples"))
+    from stories_replies import reply
+
+    model, tokenizer = bundled
+    mx.random.seed(0)
+    asked = [
+        "dog named Max",
+        "girl named Mia",
+        "cat called Luna",
+        "boy named Finn",
+        "bear named Leo",
+    ]
+    told = [
+        reply(model, tokenizer, make_sampler(0.7, 0.95), f"Tell me a story about a {who}.", 200)[0]
+        for who in asked
+    ]
+    named = [who.split()[-1] in story for who, story in zip(asked, told, strict=True)]
+    assert sum(named) >= 4, told  # chance: some of five hundred names
+
+
 def test_the_card_names_the_data_it_was_trained_on(card, data_dir):
     rows = re.findall(r"\| (\S+) \| `([0-9a-f]{64})` \|", card)
-    assert len(rows) == 3
+    assert len(rows) == 4
     for name, digest in rows:
         (path,) = data_dir.rglob(name)
         assert hashlib.sha256(path.read_bytes()).hexdigest() == digest
@@ -89,5 +124,5 @@ def test_bits_per_character_on_stories_it_never_saw(bundled, card, data_dir, roo
         nats += nn.losses.cross_entropy(logits, ids[1:], reduction="sum").item()
     bits = nats / math.log(2) / sum(map(len, stories))
     claimed = float(re.search(r"\*\*([\d.]+)\*\* in float16", card)[1])
-    assert claimed <= 1.0
+    assert claimed <= 0.97
     assert bits == pytest.approx(claimed, abs=0.06)  # twelve stories stand for the slice
