@@ -341,7 +341,7 @@ class Requests:
         return text
 
 
-def conversations(stories, requests, rng, *, plain, rename):
+def conversations(stories, requests, rng, *, plain, rename, rename_asked=0.75):
     """One pass over the stories: some as they are, some as answers in conversations.
 
     Args:
@@ -349,7 +349,8 @@ def conversations(stories, requests, rng, *, plain, rename):
         requests: a :class:`Requests`.
         rng: a ``random.Random``.
         plain: share of stories that nobody asks for.
-        rename: share of those whose names are exchanged; in the others most are.
+        rename: share of those whose names are exchanged.
+        rename_asked: the same of the others.
 
     Returns:
         A list of documents; each is a text, or a list of (request, reply).
@@ -364,7 +365,7 @@ def conversations(stories, requests, rng, *, plain, rename):
             documents.append(story)
             continue
         story = requests.disguise(story, rng)
-        if rng.random() < 0.75:
+        if rng.random() < rename_asked:
             story = requests.rename(story, rng)
         if not turns:
             talk, turns = [], rng.choices([1, 2, 3], [75, 20, 5])[0]

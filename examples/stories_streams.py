@@ -74,7 +74,8 @@ class Streams:
         args = self.args
         # In the end, names are as frequent again as the stories have them.
         rename = args.rename * (1 - self.at)
-        documents = conversations(order, self.requests, rng, plain=args.plain, rename=rename)
+        shares = {"plain": args.plain, "rename": rename, "rename_asked": args.rename_asked}
+        documents = conversations(order, self.requests, rng, **shares)
         encoded = [np.array(self.encode(document), np.int16) for document in documents]
         share = self.book_share(self.at)
         wanted = share / (1 - share) * sum(map(len, encoded)) if self.books else 0

@@ -74,6 +74,9 @@ def parse_args(argv=None):
         "--rename", type=float, default=0.9, help="of those, with other names, at the start"
     )
     parser.add_argument(
+        "--rename-asked", type=float, default=0.75, help="of the others, with other names"
+    )
+    parser.add_argument(
         "--drills",
         nargs=2,
         type=int,

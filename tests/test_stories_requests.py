@@ -146,7 +146,7 @@ def streams(module, requests, tmp_path):
     proto = train_sentencepiece(STORIES, 330, (module.USER, module.ASSISTANT))
     save_tokenizer(tmp_path, proto, 64, {"chat_template": module.CHAT_TEMPLATE})
     args = argparse.Namespace(
-        **{"seed": 0, "batch": 2, "length": 8, "plain": 0.5, "rename": 1.0},
+        **{"seed": 0, "batch": 2, "length": 8, "plain": 0.5, "rename": 1.0, "rename_asked": 0.75},
         **{"book_share": 0.5, "books_flat": 0.2, "books_until": 0.8},
         **{"steps": 10_000, "drills": [0, 0], "drill_share": [0.0, 0.0]},
     )
