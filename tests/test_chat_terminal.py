@@ -36,6 +36,11 @@ class Terminal:
     def type(self, text):
         os.write(self.main, text.encode())
 
+    def interrupt(self):
+        """Ctrl-C at a hand's speed: just behind a prompt, Python's readline misses a signal."""
+        time.sleep(0.5)
+        self.type("\x03")
+
     def wait_for(self, pattern, seconds=100):
         """The text up to the pattern, which is taken."""
         end = time.monotonic() + seconds
@@ -74,10 +79,12 @@ def test_ctrl_c_ends_the_reply_and_twice_the_chat(terminal):
     terminal.type("/stat\x7fte\n")  # edited: readline is there
     terminal.wait_for("main: 0 tokens in 0.4 KiB, 0 turns to take back")
     terminal.wait_for("> ")
-    terminal.type("half a line\x03")
+    terminal.type("half a line")
+    terminal.wait_for("half a line")
+    terminal.interrupt()
     terminal.wait_for("Ctrl-C once more, or Ctrl-D, leaves.")
     terminal.wait_for("> ")
-    terminal.type("\x03")
+    terminal.interrupt()
     assert terminal.process.wait(30) == 130
 
 
