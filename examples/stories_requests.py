@@ -341,7 +341,7 @@ class Requests:
         return text
 
 
-def conversations(stories, requests, rng, *, plain, rename, rename_asked=0.75):
+def conversations(stories, requests, rng, *, plain, rename, rename_asked):
     """One pass over the stories: some as they are, some as answers in conversations.
 
     Args:
@@ -349,8 +349,7 @@ def conversations(stories, requests, rng, *, plain, rename, rename_asked=0.75):
         requests: a :class:`Requests`.
         rng: a ``random.Random``.
         plain: share of stories that nobody asks for.
-        rename: share of those whose names are exchanged.
-        rename_asked: the same of the others.
+        rename, rename_asked: share of those and of the others whose names are exchanged.
 
     Returns:
         A list of documents; each is a text, or a list of (request, reply).

@@ -38,11 +38,6 @@ class Streams:
         self._lay_out()
         self.cursor = state["cursor"]
 
-    def go_on(self, state):
-        """Stand at the beginning of the deal after a checkpoint's."""
-        self.restore(state)
-        self.deal, self.book, self.rows = self.deal + 1, self.next_book, None
-
     def book_share(self, progress):
         """Part of the tokens that come from books."""
         args = self.args

@@ -93,8 +93,6 @@ def parse_args(argv=None):
     parser.add_argument(
         "--names", action=argparse.BooleanOptionalAction, default=True, help="names are one token"
     )
-    parser.add_argument("--init-from", type=Path, help="go on from another run's weights and data")
-    parser.add_argument("--stop-at", type=int, help="end here as if killed, to go on otherwise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate-every", type=int, default=250)
     parser.add_argument("--checkpoint-every", type=int, default=100)
@@ -179,8 +177,6 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     train_texts, unseen_texts = load_stories(args.stories, args.lower, seed=args.seed)
     model_file = args.out / "tokenizer.model"
-    if not model_file.exists() and args.init_from:
-        model_file.write_bytes((args.init_from / "tokenizer.model").read_bytes())
     if not model_file.exists():
         proto = train_sentencepiece(
             train_texts, args.vocab_size, (USER, ASSISTANT), NAME_PIECES if args.names else ()
@@ -218,9 +214,6 @@ def main(argv=None):
     optimizers = make_optimizers(model, args)
     checkpoint, log_path = args.out / "checkpoint.pt", args.out / "log.jsonl"
     step, carried, log = 0, None, []
-    earlier = None
-    if args.init_from:
-        earlier = torch.load(args.init_from / "checkpoint.pt", weights_only=True)
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])
@@ -229,13 +222,10 @@ def main(argv=None):
         streams.restore(saved["streams"])
         torch.set_rng_state(saved["rng"])
         step, carried, log = saved["step"], saved["carried"], saved["log"]
-    elif earlier:
-        model.load_state_dict(earlier["model"])
-        streams.go_on(earlier["streams"])
 
     model.train()
     bar = tqdm(total=args.steps, initial=step, unit="step", smoothing=0.05)
-    while step < args.steps and step != args.stop_at:
+    while step < args.steps:
         segment, ignored, fresh = streams.next(step / args.steps)
         segment, ignored = torch.from_numpy(segment), torch.from_numpy(ignored)
         inputs, targets = segment[:, :-1], segment[:, 1:].masked_fill(ignored[:, 1:], -100)
@@ -281,14 +271,6 @@ def main(argv=None):
             )
             write_atomically(log_path, "".join(json.dumps(line) + "\n" for line in log).encode())
     bar.close()
-    if step < args.steps:
-        return
-
-    # The picture of a run that went on from another shows both.
-    before = earlier["step"] if earlier else 0
-    later = [line | {"step": before + line["step"]} for line in log]
-    picture = draw([*(earlier["log"] if earlier else []), *later])
-    write_atomically(args.out / "loss.png", picture)
     hf = args.out / "hf"
     # How a story reads best; generate() and mlx_mcsd.generate take it from here.
     model.generation_config.update(do_sample=True, temperature=0.7, top_p=0.95, max_new_tokens=400)
@@ -300,7 +282,7 @@ def main(argv=None):
         "parameters": parameters,
         "bits_per_character_unseen": round(bits_per_character(model, unseen, unseen_texts), 4),
         "unseen": {"stories": len(unseen), "characters": sum(map(len, unseen_texts))},
-        "training_tokens_seen": (before + step) * args.batch * args.length,
+        "training_tokens_seen": step * args.batch * args.length,
         "sources": {
             Path(p).name: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in sources
         },

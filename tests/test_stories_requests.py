@@ -105,19 +105,32 @@ def test_an_animal_becomes_another_one_everywhere(module):
     }
 
 
+def deal(module, requests, stories, **shares):
+    shares = {"plain": 0.0, "rename": 0.0, "rename_asked": 0.0} | shares
+    return module.conversations(stories, requests, random.Random(0), **shares)
+
+
 def test_every_story_is_told_once_a_pass(module, requests):
-    documents = module.conversations(
-        STORIES * 50, requests, random.Random(0), plain=0.5, rename=0.0
-    )
+    half = {"plain": 0.5, "rename_asked": 0.75}
+    documents = deal(module, requests, STORIES * 50, **half)
     plain = [d for d in documents if isinstance(d, str)]
     pairs = [p for d in documents if not isinstance(d, str) for p in d if p not in module.TALK]
     assert len(plain) + len(pairs) == 200 and 70 < len(plain) < 130
     assert set(plain) == set(STORIES)
     assert max(len(d) for d in documents if not isinstance(d, str)) >= 2
-    short = module.conversations(["A dog ran."] * 9, requests, random.Random(0), plain=0, rename=0)
-    assert short == ["A dog ran."] * 9
-    again = module.conversations(STORIES * 50, requests, random.Random(0), plain=0.5, rename=0.0)
-    assert documents == again
+    assert deal(module, requests, ["A dog ran."] * 9) == ["A dog ran."] * 9
+    assert documents == deal(module, requests, STORIES * 50, **half)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_as_many_asked_for_stories_are_renamed_as_wished(module, requests, share):
+    story = STORIES[3]
+    documents = deal(module, requests, [story] * 400, rename=1 - share, rename_asked=share)
+    told = [reply for document in documents for _, reply in document]
+    told = [reply for reply in told if "lake" in reply]
+    assert len(told) == 400
+    renamed = sum(reply != story for reply in told)
+    assert renamed == 400 * share if share != 0.5 else 160 < renamed < 240
 
 
 def test_a_drill_names_whom_it_was_asked_about(module, requests):

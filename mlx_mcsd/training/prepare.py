@@ -77,7 +77,7 @@ def _add_tokenizer(config, run, train, found, split):
         if config.tokenizer:
             vocabulary.take_over(config.tokenizer, run, context)
             needed = _ids(run / "tokenizer.json")
-            vocab_size = max(needed, vocab_size or 0) if vocab_size is None else vocab_size
+            vocab_size = needed if vocab_size is None else vocab_size
             if vocab_size < needed:
                 raise MCSDError(
                     f"[train] vocab_size must be at least the tokenizer's {needed} but is "

@@ -42,7 +42,6 @@ class Streams:
         length: N.
         seed: of the order of the documents; None keeps theirs.
         pack: begin a document that would be cut, but fits into a segment, with the next segment.
-
         forget: part of the segments that begin as if nothing had been read, so that a model
             trained on few long documents knows how to begin too.
 
