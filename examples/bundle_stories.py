@@ -1,11 +1,11 @@
 """Make the bundled model from the raw texts: train, convert, measure on MLX, write its card.
 
-    python examples/bundle_stories.py --run runs/stories --mlx-path mlx_mcsd/assets/stories \
+    python examples/bundle_stories.py --run runs/stories --mlx-path stories --bf16 \
         --licence "TinyStories: CDLA-Sharing-1.0" --licence "books: public domain" \
         --stories CASED.txt --lower LOWER.txt --books CHILDREN.txt.xz FICTION.txt.xz
 
 Flags of examples/train_stories.py are passed on; without any, RUN must have been trained. The
-target must not exist yet.
+target must not exist yet. Killed at any moment, the same command goes on.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from mlx_mcsd import load
 from mlx_mcsd.convert.__main__ import main as convert
-from mlx_mcsd.errors import exits_cleanly
+from mlx_mcsd.errors import MCSDError, exits_cleanly
+from mlx_mcsd.files import write_atomically
 from mlx_mcsd.scoring import score
 
 PROMPTS = [
@@ -71,11 +72,16 @@ def main(argv=None):
     parser.add_argument("--replies", type=int, default=100, help="requests to count names in")
     parser.add_argument("--licence", action="append", default=[], help="of the data; repeatable")
     args, training = parser.parse_known_args(argv)
+    card_file = args.mlx_path / "README.md"
+    converted = (args.mlx_path / "config.json").exists() and not card_file.exists()
+    if args.mlx_path.exists() and not converted:
+        raise MCSDError(f"--mlx-path must not exist yet but {args.mlx_path} does.")
     if training:
         train_stories.main(["--out", str(args.run), *training])
-    words = ["--hf-path", args.run / "hf", "--mlx-path", args.mlx_path, "--dtype", args.dtype]
-    words += ["-q", "--q-bits", args.q_bits] if args.q_bits else []
-    convert([*map(str, words)])
+    if not converted:
+        words = ["--hf-path", args.run / "hf", "--mlx-path", args.mlx_path, "--dtype", args.dtype]
+        words += ["-q", "--q-bits", args.q_bits] if args.q_bits else []
+        convert([*map(str, words)])
     shutil.copyfile(args.run / "loss.png", args.mlx_path / "loss.png")
 
     facts = json.loads((args.run / "facts.json").read_text())
@@ -111,7 +117,7 @@ def main(argv=None):
         samples=write_samples(model, tokenizer, settings),
         **{k: v for k, v in shape.items() if isinstance(v, int | str)},
     )
-    (args.mlx_path / "README.md").write_text(card)
+    write_atomically(card_file, card.encode())
     print(card)
 
 

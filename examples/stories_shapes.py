@@ -14,7 +14,7 @@ from pathlib import Path
 
 import train_stories
 
-from mlx_mcsd.errors import exits_cleanly
+from mlx_mcsd.errors import MCSDError, exits_cleanly
 from mlx_mcsd.files import write_atomically
 
 BASE = {"hidden_size": 256, "layers": 5, "intermediate_size": 768}
@@ -73,8 +73,8 @@ def main(argv=None):
     for name in args.only:
         shape = {**BASE, **CANDIDATES[name]}
         out = args.out / name.replace(" ", "-")
+        steps = round(args.budget / (6 * weights(**shape) * TOKENS))
         if not (out / "facts.json").exists():
-            steps = round(args.budget / (6 * weights(**shape) * TOKENS))
             flags = [f"--{k.replace('_', '-')}={v}" for k, v in shape.items()]
             flags += [f"--steps={steps}", f"--evaluate-every={steps}", "--checkpoint-every=50"]
             data = ["--stories", *args.stories, "--lower", *args.lower]
@@ -82,6 +82,11 @@ def main(argv=None):
             with redirect_stdout(sys.stderr):
                 train_stories.main(["--out", str(out), *data, *STORIES_ALONE, *flags, *more])
         facts = json.loads((out / "facts.json").read_text())
+        if facts["options"]["steps"] != steps:
+            raise MCSDError(
+                f"{out} is of a run of {facts['options']['steps']} steps, not {steps}; repeat its "
+                "--budget, or name another --out."
+            )
         config = json.loads((out / "hf" / "config.json").read_text())
         results[name] = facts | {key: config[key] for key in ("projection", "fusion")}
         write_atomically(args.out / "table.md", table(results).encode())

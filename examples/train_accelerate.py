@@ -69,6 +69,11 @@ def main(argv=None):
         cpu=args.cpu,
         dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True),
     )
+    if args.batch % accelerator.num_processes:
+        raise MCSDError(
+            f"--batch must be a multiple of the {accelerator.num_processes} processes but is "
+            f"{args.batch}."
+        )
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     model = MCSDForCausalLM(

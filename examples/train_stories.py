@@ -32,9 +32,12 @@ from tqdm import tqdm
 from mlx_mcsd.convert.reference.configuration_mcsd import MCSDConfig
 from mlx_mcsd.convert.reference.modeling_mcsd import MCSDForCausalLM, MCSDState
 from mlx_mcsd.errors import MCSDError, exits_cleanly
-from mlx_mcsd.files import write_atomically
+from mlx_mcsd.files import replacing, write_atomically
 from mlx_mcsd.tokenizer import save_tokenizer, train_sentencepiece
 from mlx_mcsd.training.report import draw
+
+FREE = ("out", "stories", "lower", "books", "threads", "evaluate_every", "checkpoint_every")
+"""Options that may be others when a run is resumed: what files hold is not known by their paths."""
 
 
 def parse_args(argv=None):
@@ -163,9 +166,8 @@ def bits_per_character(model, encoded, texts):
 
 def save_atomically(payload, path):
     """torch.save beside the target, then rename: a kill leaves the old checkpoint whole."""
-    partial = path.with_suffix(".partial")
-    torch.save(payload, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        torch.save(payload, partial)
 
 
 @exits_cleanly
@@ -181,7 +183,7 @@ def main(argv=None):
         proto = train_sentencepiece(
             train_texts, args.vocab_size, (USER, ASSISTANT), NAME_PIECES if args.names else ()
         )
-        model_file.write_bytes(proto)
+        write_atomically(model_file, proto)
     proto = model_file.read_bytes()
     processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
     unseen = encode(processor, unseen_texts)
@@ -212,10 +214,17 @@ def main(argv=None):
     parameters = sum(p.numel() for p in model.parameters())
     add_dropout(model, args.dropout, args.embedding_dropout)
     optimizers = make_optimizers(model, args)
+    options = {name: value for name, value in vars(args).items() if name not in FREE}
     checkpoint, log_path = args.out / "checkpoint.pt", args.out / "log.jsonl"
     step, carried, log = 0, None, []
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
+        for name, value in saved["options"].items():
+            if options[name] != value:
+                raise MCSDError(
+                    f"{checkpoint} is of a run with {name} = {value}, not {options[name]}; repeat "
+                    "its options, or name another --out."
+                )
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -235,10 +244,13 @@ def main(argv=None):
             out = model.model(inputs, reset=reset, past_key_values=past, use_cache=True)
             logits = model.lm_head(out.last_hidden_state)
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        if not torch.isfinite(loss):
-            raise MCSDError(f"loss became {loss.item()} at step {step}; lower --lr and resume.")
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            raise MCSDError(
+                f"loss and gradient must be numbers but are {loss.item()} and {norm.item()} at "
+                f"step {step}; begin anew with a lower --lr."
+            )
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * schedule(step, args)
@@ -266,6 +278,7 @@ def main(argv=None):
                     "step": step,
                     "carried": carried,
                     "log": log,
+                    "options": options,
                 },
                 checkpoint,
             )

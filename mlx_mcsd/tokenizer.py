@@ -7,6 +7,7 @@ on sample text before use.
 
 import io
 import json
+import re
 from pathlib import Path
 
 import sentencepiece
@@ -46,9 +47,12 @@ def train_sentencepiece(texts, vocab_size, control=(), whole=()):
 
     Returns:
         The bytes of a ``tokenizer.model`` with <unk> 0, <s> 1, </s> 2, <pad> 3, then ``control``.
+
+    Raises:
+        MCSDError: if the texts are too few for so many pieces, or the pieces for these characters.
     """
     buffer = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
+    options = dict(
         sentence_iterator=iter(texts),
         model_writer=buffer,
         vocab_size=vocab_size,
@@ -64,6 +68,10 @@ def train_sentencepiece(texts, vocab_size, control=(), whole=()):
         max_sentence_length=1 << 20,
         minloglevel=2,
     )
+    try:
+        sentencepiece.SentencePieceTrainer.train(**options)
+    except RuntimeError as error:
+        raise MCSDError(f"[tokenizer] {_bound(str(error), vocab_size)}") from None
     # The trainer needs escaped spaces to find words; unescaped, a text that holds the mark itself
     # survives too.
     model = sentencepiece_model_pb2.ModelProto.FromString(buffer.getvalue())
@@ -71,6 +79,15 @@ def train_sentencepiece(texts, vocab_size, control=(), whole=()):
         piece.piece = piece.piece.replace("\u2581", " ")
     model.normalizer_spec.escape_whitespaces = False
     return model.SerializeToString()
+
+
+def _bound(message, vocab_size):
+    """What SentencePiece's message says about the vocabulary, in one line."""
+    message = " ".join(message.split())
+    for word, pattern in (("most", r"too high.*<= (\d+)"), ("least", r"\d+ vs (\d+)")):
+        if bound := re.search(pattern, message):
+            return f"vocab_size must be at {word} {bound[1]} for these texts but is {vocab_size}."
+    return f"SentencePiece refuses the texts: {message[-200:]}"
 
 
 def from_sentencepiece(proto, *, bos=True, eos=False):

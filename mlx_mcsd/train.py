@@ -49,30 +49,40 @@ def main(argv: list[str] | None = None) -> None:
     config = TrainConfig(**from_first(group, settle))
     folder = Path(config.output_dir)
     with alone(folder, group.rank()):
+        if not group.rank():
+            write_atomically(folder / SETTINGS, to_yaml(config).encode())
         Run(config, folder, group).train()
 
 
 def begin(settings: dict) -> TrainConfig:
     """The settings of a new run, whose folder is made.
 
+    A folder whose data never came to be read holds no run yet: something was mistyped.
+
     Raises:
-        MCSDError: if there is no data, or the folder holds a run.
+        MCSDError: if there is no data, a setting is unfit, or the folder holds a run.
     """
+    from .config import ModelArgs
+    from .training.corpus import COMPLETE
+    from .training.prepare import DATA
+
     config = TrainConfig(**settings)
     if not config.data:
         raise MCSDError("[train] data must name what to train on but nothing is named: --data.")
     if config.output_dir is None:
         raise MCSDError("[train] output_dir must name a folder to make but is not set.")
+    if not config.init_from:
+        ModelArgs(**config.shape(), vocab_size=config.vocab_size or 1)  # or hours later
     folder = Path(config.output_dir)
-    if (folder / SETTINGS).exists():
+    if (folder / DATA / COMPLETE).exists():
         raise MCSDError(
             f"[train] {folder} holds a run: go on with it by --resume {folder}, or name another "
             "output_dir."
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    ours = (folder / SETTINGS).exists()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not ours:
         raise MCSDError(f"[train] output_dir must be new or empty but {folder} is not.")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / SETTINGS, to_yaml(config).encode())
     return config
 
 
@@ -89,7 +99,6 @@ def take_up(run: str, settings: dict) -> TrainConfig:
     config = TrainConfig(**vars(old) | settings | {"output_dir": run})
     for change in changes(old, config):
         print(f"Resuming with {change}.")
-    write_atomically(folder / SETTINGS, to_yaml(config).encode())
     return config
 
 

@@ -114,7 +114,7 @@ def train(stories):
     return run
 
 
-def test_training_learns_and_writes_all_it_promises(train, tmp_path):
+def test_training_learns_and_writes_all_it_promises(train, tmp_path, capsys):
     out = train(tmp_path / "run", 80)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     training, unseen = (
@@ -143,6 +143,14 @@ def test_training_learns_and_writes_all_it_promises(train, tmp_path):
     assert "{" not in card.split("## Replies")[0]
     assert (mlx / "loss.png").exists()
     assert "<|assistant|>" in (mlx / "tokenizer_config.json").read_text()
+
+    # Killed behind the conversion, the command goes on; ended, it touches nothing.
+    with pytest.raises(SystemExit):
+        bundle_stories.main([*map(str, words)])
+    assert f"--mlx-path must not exist yet but {mlx} does." in capsys.readouterr().err
+    (mlx / "README.md").unlink()
+    bundle_stories.main([*map(str, words)])
+    assert (mlx / "README.md").read_text() == card
 
 
 def test_the_bundled_model_is_made_by_one_command(stories, tmp_path, monkeypatch):
@@ -201,6 +209,9 @@ def test_the_shapes_compared_have_one_budget(stories, tmp_path, monkeypatch, cap
     # What has ended is not run again.
     monkeypatch.setattr(stories_shapes.train_stories, "main", None)
     stories_shapes.main([*map(str, words)])
+    with pytest.raises(SystemExit):
+        stories_shapes.main([*map(str, words), "--budget", "9e9"])
+    assert "repeat its --budget, or name another --out." in capsys.readouterr().err
 
 
 def test_a_run_that_was_killed_resumes_to_the_same_weights(train, tmp_path, monkeypatch, capsys):
@@ -221,6 +232,10 @@ def test_a_run_that_was_killed_resumes_to_the_same_weights(train, tmp_path, monk
         train(tmp_path / "resumed", 6)
     monkeypatch.undo()
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    with pytest.raises(SystemExit):
+        train(tmp_path / "resumed", 6, lr=0.1)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("with lr = 0.004, not 0.1; repeat its options, or name another --out.")
     resumed = train(tmp_path / "resumed", 6)
     model = "hf/model.safetensors"
     assert (resumed / model).read_bytes() == (whole / model).read_bytes()

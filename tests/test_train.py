@@ -231,12 +231,87 @@ def test_what_cannot_begin_or_go_on(words, tmp_path, capsys):
     assert f"holds a run: go on with it by --resume {run}" in error_of(words(), capsys)
     changed = ["--resume", str(run), "--batch-size", "4"]
     assert "batch_size must stay 2 when a run is resumed but got 4" in error_of(changed, capsys)
+    settings = (run / "training.yaml").read_text()
     with train.alone(run, 0):
-        error = error_of(["--resume", str(run)], capsys)
+        error = error_of(["--resume", str(run), "--learning-rate", "0.5"], capsys)
     assert f"{run} is being trained by another process." in error
+    assert (run / "training.yaml").read_text() == settings
     newest_file = run / "checkpoints" / newest(run)
     newest_file.write_bytes(newest_file.read_bytes()[:-8])
     assert "must be a whole safetensors file" in error_of(["--resume", str(run)], capsys)
+
+
+def test_a_mistake_is_mended_by_typing_it_again(words, tmp_path, monkeypatch, capsys):
+    given = words()
+    data = given.index("--data") + 1
+    assert "cannot read" in error_of([*given[:data], "txet.txt", *given[data + 1 :]], capsys)
+    assert "divisible by num_channels" in error_of([*given, "--num-channels", "7"], capsys)
+    (tmp_path / "t.jinja").write_text("x")
+    monkeypatch.setattr(corpus, "write_atomically", stop)
+    with pytest.raises(Stopped):
+        train.main([*given, "--chat-template", str(tmp_path / "t.jinja")])
+    assert (tmp_path / "run" / "chat_template.jinja").exists()
+    monkeypatch.undo()
+    train.main(given)
+    train.main(words("whole"))
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert not (tmp_path / "run" / "chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize("step", [3, 7])
+def test_a_disk_full_between_weights_and_checkpoint(words, tmp_path, monkeypatch, capsys, step):
+    """Whichever is written, the folder is a model, and resumed it is the whole run's."""
+    train.main(words("whole"))
+    save = checkpoint.save
+
+    def full(folder, number, *more):
+        if number == step:
+            raise MCSDError("cannot write: no space left on device.")
+        return save(folder, number, *more)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    assert "no space left" in error_of(words(), capsys)
+    monkeypatch.undo()
+    load(tmp_path / "run")
+    train.main(["--resume", str(tmp_path / "run")])
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """MLX tells of it by a RuntimeError."""
+    import resource
+
+    from mlx_mcsd.training.export import write_safetensors
+
+    path, soft_hard = tmp_path / "x.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_safetensors(path, {"a": mx.zeros(4)}, {})
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, soft_hard[1]))
+    try:
+        with pytest.raises(MCSDError, match=f"cannot write {path}: "):
+            write_safetensors(path, {"a": mx.zeros(40_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft_hard)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+    assert mx.load(str(path))["a"].tolist() == [0] * 4
+
+
+def test_other_tokens_than_the_checkpoint_learned(words, tmp_path, text, capsys):
+    train.main(words("run", "--iters", "2"))
+    run = tmp_path / "run"
+    shutil.rmtree(run / "data")
+    text.write_text(TEXT[::-1])
+    error = error_of(["--resume", str(run), "--iters", "4"], capsys)
+    assert f"{run}/data must hold the tokens that {run}/checkpoints/00000002" in error
+    shutil.rmtree(run / "data")
+    text.write_text(TEXT)
+    train.main(["--resume", str(run), "--iters", "4"])
+
+
+def test_no_batches_to_evaluate(words, tmp_path):
+    train.main(words("run", "--val-batches", "0"))
+    assert log(tmp_path / "run")[-1]["step"] == 7
+    assert not any("val_loss" in entry for entry in log(tmp_path / "run"))
 
 
 def test_a_yaml_file_and_flags_before_it(words, tmp_path):
@@ -288,9 +363,7 @@ def test_a_tokenizer_is_trained_where_none_is_given(text, tmp_path, capsys):
     text.write_text("".join(f"{i}, once upon a time there was number {i}.\n" for i in range(300)))
     given = f"{SHAPE} {FAST} --iters 2 --data {text} --output-dir {tmp_path / 'run'}".split()
     assert "vocab_size must be at least" in error_of([*given, "--vocab-size", "261"], capsys)
-    (tmp_path / "run" / "training.yaml").unlink()
-    shutil.rmtree(tmp_path / "run")
-    train.main([*given, "--vocab-size", "300"])
+    train.main([*given, "--vocab-size", "300"])  # a mistake leaves no run
     model, tokenizer = load(tmp_path / "run")
     assert model.args.vocab_size == 300
     assert (model.args.bos_token_id, model.args.eos_token_id, model.args.pad_token_id) == (1, 2, 3)

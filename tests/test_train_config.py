@@ -54,7 +54,11 @@ def test_yaml_reads_what_people_write(tmp_path):
         ("a: [", "must be YAML but: while parsing"),
         ("init_from: m\nhidden_size: 3", "hidden_size must not be set with init_from"),
         ("init_from: m\ntokenizer: t", "tokenizer must not be set with init_from"),
+        ("init_from: m\nsize: 3b", "size must not be set with init_from"),
         ("val_data: v\nval_fraction: 0.5", "val_fraction must not be set with val_data"),
+        ("separator: ''", "separator must not be empty."),
+        ("learning_rate: 1.2.3e4", "learning_rate must be a number above 0 but got '1.2.3e4'."),
+        ("seed: 100000000000000000000", "seed must be an integer of at least 0 and below 1.8"),
     ],
 )
 def test_complaints(tmp_path, text, complaint):

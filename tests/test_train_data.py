@@ -10,7 +10,7 @@ import pytest
 import tiny
 from mlx_mcsd import loading
 from mlx_mcsd.errors import MCSDError
-from mlx_mcsd.training import corpus
+from mlx_mcsd.training import corpus, vocabulary
 from mlx_mcsd.training.encoding import Encoder, Pieces
 from mlx_mcsd.training.sources import Record, find, text_file, to_record
 from mlx_mcsd.training.split import Split, Survey, survey
@@ -142,14 +142,37 @@ def test_copies_fall_on_one_side():
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**64 - 1, 40, dtype=np.uint64)[rng.integers(0, 40, 200)]
     characters = 50 + (hashes % 7).astype(np.int64)
-    for fraction in (0.02, 0.1, 0.5):
+    for fraction in (0.01, 0.02, 0.05, 0.1, 0.5):
         split = Split(found(characters, hashes), fraction)
         kept = [split.trained_on(h, int(c)) for h, c in zip(hashes, characters, strict=True)]
         by_hash = {}
-        for h, k in zip(hashes, kept, strict=True):
-            assert by_hash.setdefault(h, k) == k
+        for h, k, c in zip(hashes, kept, characters, strict=True):
+            assert by_hash.setdefault(h, k) == k and 0 <= k <= c
         held = (characters - kept).sum() / characters.sum()
         assert 0.4 * fraction < held <= 1.6 * fraction
+
+
+def test_the_tokenizer_sees_nothing_that_is_held_out(tmp_path):
+    """Of texts, of prompts with completions and of messages."""
+    turns = [[{"role": "user", "content": f"m{i}"}] for i in range(40)]
+    rows = [{"messages": turn} for turn in turns]
+    rows += [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(40)]
+    rows += [{"text": f"t{i}"} for i in range(40)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources, _ = find([str(tmp_path / "d.jsonl")], None)
+    known = survey(sources, 0)
+    split = Split(known, 0.3)
+    records = [r for source in sources for r in source]
+    kept = [
+        split.trained_on(h, int(c), r.is_text) > 0
+        for h, c, r in zip(known.hashes, known.characters, records, strict=True)
+    ]
+    words = [[f"m{i}"] for i in range(40)] + [[f"p{i}", f"c{i}"] for i in range(40)]
+    words += [[f"t{i}"] for i in range(40)]
+    wanted = [w for row, keep in zip(words, kept, strict=True) if keep for w in row]
+    assert [*vocabulary._sample(sources, known, split, seed=0)] == wanted
+    for kind in (slice(40), slice(40, 80), slice(80, 120)):
+        assert 0 < sum(kept[kind]) < 40
 
 
 def test_of_one_long_text_the_end_is_held_out():

@@ -8,8 +8,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import MCSDError
-from ..files import replacing
 from ..loading import read_header
+from .export import write_safetensors
 
 FORMAT = "mlx_mcsd.checkpoint 1"
 
@@ -19,28 +19,29 @@ def all_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.safetensors"))
 
 
+def check(tree: dict[str, Any], step: int) -> None:
+    """Raise MCSDError if a number is not finite: nobody could go on from such a checkpoint."""
+    floats = [a for _, a in tree_flatten(tree) if mx.issubdtype(a.dtype, mx.floating)]
+    if not mx.stack([mx.isfinite(a).all() for a in floats]).all().item():
+        raise MCSDError(f"[train] the weights or the optimiser are not finite at step {step}.")
+
+
 def save(folder: Path, step: int, tree: dict[str, Any], facts: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint, and delete all but the newest ones.
 
     Args:
         folder: of the run's checkpoints.
         step: of the run.
-        tree: of arrays.
+        tree: of arrays, finite ones.
         facts: what JSON holds.
         keep: how many checkpoints to leave.
 
     Raises:
-        MCSDError: if a number is not finite, which would make a checkpoint nobody can go on from;
-            or if it cannot be written.
+        MCSDError: if it cannot be written.
     """
-    tensors = dict(tree_flatten(tree))
-    floats = [a for a in tensors.values() if mx.issubdtype(a.dtype, mx.floating)]
-    if not mx.stack([mx.isfinite(a).all() for a in floats]).all().item():
-        raise MCSDError(f"[train] the weights or the optimiser are not finite at step {step}.")
     folder.mkdir(exist_ok=True)
     path = folder / f"{step:08d}.safetensors"
-    with replacing(path) as partial:
-        mx.save_safetensors(str(partial), tensors, {"format": FORMAT, "facts": json.dumps(facts)})
+    write_safetensors(path, tree, {"format": FORMAT, "facts": json.dumps(facts)})
     for old in all_of(folder)[:-keep]:
         old.unlink()
     return path

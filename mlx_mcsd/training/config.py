@@ -35,7 +35,7 @@ PRESETS = {
         for size, D, C, L in (("1.6b", 2560, 10, 12), ("3b", 2560, 10, 20), ("10b", 3072, 12, 60))
     },
 }
-"""Shapes by name: the bundled model's, and the paper's three."""
+"""Shapes by name: one of the bundled model's kind, and the paper's three."""
 
 Texts = tuple[str, ...]
 
@@ -92,7 +92,7 @@ class TrainConfig:
     )
 
     size: Literal[*PRESETS] = _fixed(
-        "5m", "shape of a new model: the bundled one's, or the paper's"
+        "5m", "shape of a new model: one of the bundled one's kind, or the paper's"
     )
     hidden_size: int | None = _fixed(None, "D, instead of the preset's, as are the next", low=1)
     num_channels: int | None = _fixed(None, "C", low=1)
@@ -130,11 +130,13 @@ class TrainConfig:
     adam_beta2: float = _option(0.95, "of AdamW", low=0, below=1)
     max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm", above=0)
     dropout: float = _option(0.0, "of what each mixer and MLP adds", low=0, below=1)
-    dtype: Literal["float32", "bfloat16"] = _option(
+    dtype: Literal["float32", "bfloat16"] = _fixed(
         "float32", "of the computation and of the result; the optimiser's weights are float32"
     )
     grad_checkpoint: bool = _option(False, "compute each layer twice, to save memory")
-    seed: int = _fixed(0, "of fresh weights, of the order of documents and of dropout", low=0)
+    seed: int = _fixed(
+        0, "of fresh weights, of the order of documents and of dropout", low=0, below=2**64
+    )
 
     steps_per_report: int = _option(10, "steps between lines of the log", low=1)
     steps_per_eval: int = _option(200, "steps between evaluations of the held-out texts", low=1)
@@ -147,10 +149,14 @@ class TrainConfig:
             setattr(self, f.name, check(f, getattr(self, f.name)))
         if self.init_from and (given := [n for n in SHAPE if getattr(self, n) is not None]):
             _fail(f"{given[0]} must not be set with init_from: the model has its own.")
+        if self.init_from and self.size != FIELDS["size"].default:
+            _fail("size must not be set with init_from: the model has its own.")
         if self.init_from and self.tokenizer:
             _fail("tokenizer must not be set with init_from: the model has its own.")
         if self.val_data and self.val_fraction != FIELDS["val_fraction"].default:
             _fail("val_fraction must not be set with val_data: that is what is held out.")
+        if self.separator == "":
+            _fail("separator must not be empty.")
 
     def shape(self) -> dict[str, Any]:
         """The model's keys: the preset's, with what is set in their place; no vocabulary."""
@@ -173,7 +179,11 @@ def check(f: dataclasses.Field, value: Any) -> Any:
     kind = _kind(f)
     if value is None and kind is not f.type:
         return None
-    if kind is float and isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value):
+    if (
+        kind is float
+        and isinstance(value, str)
+        and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value)
+    ):
         value = float(value)  # 1e-4, which YAML 1.1 takes for a text
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

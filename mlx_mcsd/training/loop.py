@@ -25,7 +25,7 @@ from .step import Stepper, learning_rate
 from .streams import Streams
 
 CHECKPOINTS = "checkpoints"
-BEGINNING = {"step": 0, "nats": 0.0, "learned": 0, "steps": 0}
+BEGINNING = {"step": 0, "nats": 0.0, "learned": 0}
 """What a checkpoint says besides arrays: the step, and the sums for the next report."""
 
 
@@ -62,7 +62,8 @@ class Run:
         self._take_up()
         self.held_out = None
         if self.corpus.valid.tokens.size > 1:
-            self.held_out = HeldOut(self.corpus.valid, tokenizer, rows, N, config.val_batches)
+            held_out = HeldOut(self.corpus.valid, tokenizer, rows, N, config.val_batches)
+            self.held_out = held_out if held_out.tokens else None  # prompts alone, or no batches
         characters = characters_per_token(tokenizer, sample(self.corpus.train))
         first = group.rank() == 0
         self.report = Report(folder, self.facts["step"], config.iters, characters, not first)
@@ -128,6 +129,12 @@ class Run:
             return facts
 
         self.facts = from_first(self.group, read)
+        if self.facts.setdefault("data", self.corpus.digest) != self.corpus.digest:
+            raise MCSDError(
+                f"[train] {self.folder / DATA} must hold the tokens that {saved[-1]} has learned "
+                "but holds others: bring the texts back and delete it, or begin another run with "
+                "--init-from."
+            )
         if not self.facts["step"]:
             model = make_model(self.config, self.folder)
             self.stepper = Stepper(model, self.config, self.group)
@@ -162,7 +169,6 @@ class Run:
         if not (math.isfinite(result.nats) and math.isfinite(result.norm)):
             self._diverged(number, result)
         facts["step"] += 1
-        facts["steps"] += 1
         facts["nats"] += result.nats
         facts["learned"] += int(segment.scored.sum())
         self._norm = result.norm
@@ -180,19 +186,16 @@ class Run:
 
     def _report(self) -> None:
         facts, config = self.facts, self.config
-        tokens = facts["steps"] * self.streams.rows * self.streams.length
+        tokens = self.streams.rows * self.streams.length  # a step
         self.report.trained(
             facts["step"],
             facts["nats"] / max(facts["learned"], 1),
             tokens,
             learning_rate=learning_rate(config, facts["step"] - 1),
             gradient_norm=self._norm,
-            epoch=facts["step"]
-            * self.streams.rows
-            * self.streams.length
-            / self.corpus.train.tokens.size,
+            epoch=facts["step"] * tokens / self.corpus.train.tokens.size,
         )
-        facts |= {"nats": 0.0, "learned": 0, "steps": 0}
+        facts |= {"nats": 0.0, "learned": 0}
 
     def _save(self) -> None:
         stepper = self.stepper
@@ -202,8 +205,10 @@ class Run:
         model = stepper.model.parameters()
         tree = {"model": model, "optimizer": stepper.optimizer.state, "states": states}
         step = self.facts["step"]
-        checkpoint.save(self.folder / CHECKPOINTS, step, tree, self.facts, self.config.keep)
+        checkpoint.check(tree, step)
+        # Killed between the two, a run goes on from the checkpoint before, and writes both again.
         write_weights(self.folder, stepper.model, self.config.dtype)
+        checkpoint.save(self.folder / CHECKPOINTS, step, tree, self.facts, self.config.keep)
 
 
 def _shapes(tree) -> dict:

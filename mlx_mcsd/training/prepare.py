@@ -14,12 +14,13 @@ from ..files import write_atomically
 from ..model import Model
 from ..tokenizer import save_tokenizer
 from . import corpus, sources, vocabulary
-from .config import PRESETS, TrainConfig
+from .config import FIELDS, PRESETS, TrainConfig
 from .encoding import Encoder
 from .export import write_config
 from .split import Split, survey
 
 DATA = "data"
+GENERATION = "generation_config.json"
 
 
 def prepare(config: TrainConfig, run: Path) -> None:
@@ -30,10 +31,16 @@ def prepare(config: TrainConfig, run: Path) -> None:
     """
     if (run / DATA / corpus.COMPLETE).exists():
         return
+    for name in (*vocabulary.FILES, GENERATION):  # of an attempt with other settings
+        (run / name).unlink(missing_ok=True)
     train, valid = sources.find(config.data, config.separator)
     if config.val_data:
         # A folder stands for what it holds out, if it holds something out.
         valid = [s for name in config.val_data for s in _held_out(name, config.separator)]
+    elif valid and config.val_fraction != FIELDS["val_fraction"].default:
+        raise MCSDError(
+            f"[train] val_fraction must not be set where data hold out a part: {valid[0].name}."
+        )
     found = survey(train, config.seed)
     split = None if valid or not config.val_fraction else Split(found, config.val_fraction)
     tokenizer = _add_tokenizer(config, run, train, found, split)
@@ -63,7 +70,7 @@ def _add_tokenizer(config, run, train, found, split):
                 "name the model that it was made of, or `mlx_lm.convert --dequantize` it."
             )
         loading.load_tokenizer(source)
-        for name in (*vocabulary.FILES, "generation_config.json"):
+        for name in (*vocabulary.FILES, GENERATION):
             if (source / name).is_file():
                 shutil.copyfile(source / name, run / name)
         args = ModelArgs.from_dict(model)

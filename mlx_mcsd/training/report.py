@@ -42,12 +42,13 @@ class Report:
         Args:
             step: the last of them.
             loss: nats per token, the mean of what they learned.
-            tokens: that they read.
+            tokens: that a step reads.
             more: for the log.
         """
         now = time.perf_counter()
         bits = self._bits(loss, self._characters)
-        speed = tokens / (now - self._last[0])
+        last, before = self._last  # perhaps where the run was taken up, amid a report
+        speed = (step - before) * tokens / (now - last)
         self._last = now, step
         line = f"loss {loss:.3f}, {bits:.3f} bits/char, {speed:,.0f} tokens/s"
         self._bar.set_postfix_str(line)

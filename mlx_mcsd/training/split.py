@@ -71,7 +71,9 @@ class Split:
         if missing > wanted / 2:
             following = ends[whole - 1] + 1 if whole else 0
             self._cut = hashes[following]
-            self._keep = int(found.characters[order[following]] - missing)
+            # What is missing is cut from all copies of the document alike.
+            copies = int((hashes == self._cut).sum())
+            self._keep = int(found.characters[order[following]] - missing / copies)
 
     def trained_on(self, digest: np.uint64, characters: int, is_text: bool = True) -> int:
         """How many of the characters of a document are trained on; the others are held out."""
