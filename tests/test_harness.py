@@ -154,15 +154,32 @@ def test_a_local_task_is_scored(run, checkpoint, loaded, task):
     assert float(cells[7]) == pytest.approx(np.mean(right[:3]), abs=1e-3)
 
 
-def test_what_mlx_lm_prints_is_no_part_of_the_json(run, loaded, task):
-    text = generate(*loaded, "ab", max_tokens=1)
+def write_telling(task, request, reply):
+    """Make a task of telling a reply."""
     with open(task, "w") as file:
         file.write(
             "task: told\ncustom_dataset: !function local.pairs\ntest_split: test\n"
-            "output_type: generate_until\ndoc_to_text: ab\n"
-            f"doc_to_target: {json.dumps(text)}\ngeneration_kwargs:\n  until: ['\\0']\n"
+            f"output_type: generate_until\ndoc_to_text: {json.dumps(request)}\n"
+            f"doc_to_target: {json.dumps(reply)}\ngeneration_kwargs:\n  until: ['\\0']\n"
             "metric_list:\n  - metric: exact_match\n"
         )
+
+
+def test_a_chat_template_is_put_around_what_is_asked(command, task):
+    model, tokenizer = load()
+    asked = [{"role": "user", "content": "Hello!"}]
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True)
+    reply = generate(model, tokenizer, prompt, max_tokens=5)
+    write_telling(task, "Hello!", reply)
+    for flag, right in (([], 0.0), (["--apply-chat-template"], 1.0)):
+        words = ["--tasks", task, "--limit", "2", "--max-tokens", "5", "--json", *flag]
+        code, out, _ = command(evaluate.main, *words)
+        assert code == 0
+        assert json.loads(out)["tasks"]["told"]["exact_match,none"] == right
+
+
+def test_what_mlx_lm_prints_is_no_part_of_the_json(run, loaded, task):
+    write_telling(task, "ab", generate(*loaded, "ab", max_tokens=1))
     code, out, err = run("--tasks", task, "--limit", "2", "--max-tokens", "1", "--json")
     assert code == 0 and "tokens-per-sec" in err
     assert json.loads(out)["tasks"]["told"]["exact_match,none"] == 1.0

@@ -131,9 +131,9 @@ class Run:
         self.facts = from_first(self.group, read)
         if self.facts.setdefault("data", self.corpus.digest) != self.corpus.digest:
             raise MCSDError(
-                f"[train] {self.folder / DATA} must hold the tokens that {saved[-1]} has learned "
-                "but holds others: bring the texts back and delete it, or begin another run with "
-                "--init-from."
+                f"[train] {self.folder / DATA} must hold the tokens of the first "
+                f"{self.facts['step']} steps but holds others: bring the texts back and delete it, "
+                "or begin another run with --init-from."
             )
         if not self.facts["step"]:
             model = make_model(self.config, self.folder)
