@@ -11,7 +11,6 @@ target must not exist yet. Killed at any moment, the same command goes on.
 import argparse
 import json
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
@@ -72,8 +71,8 @@ def main(argv=None):
     parser.add_argument("--replies", type=int, default=100, help="requests to count names in")
     parser.add_argument("--licence", action="append", default=[], help="of the data; repeatable")
     args, training = parser.parse_known_args(argv)
-    card_file = args.mlx_path / "README.md"
-    converted = (args.mlx_path / "config.json").exists() and not card_file.exists()
+    picture = args.mlx_path / "loss.png"  # the last file to be written
+    converted = (args.mlx_path / "config.json").exists() and not picture.exists()
     if args.mlx_path.exists() and not converted:
         raise MCSDError(f"--mlx-path must not exist yet but {args.mlx_path} does.")
     if training:
@@ -82,7 +81,6 @@ def main(argv=None):
         words = ["--hf-path", args.run / "hf", "--mlx-path", args.mlx_path, "--dtype", args.dtype]
         words += ["-q", "--q-bits", args.q_bits] if args.q_bits else []
         convert([*map(str, words)])
-    shutil.copyfile(args.run / "loss.png", args.mlx_path / "loss.png")
 
     facts = json.loads((args.run / "facts.json").read_text())
     unseen = json.loads((args.run / "unseen.json").read_text())
@@ -117,7 +115,8 @@ def main(argv=None):
         samples=write_samples(model, tokenizer, settings),
         **{k: v for k, v in shape.items() if isinstance(v, int | str)},
     )
-    write_atomically(card_file, card.encode())
+    write_atomically(args.mlx_path / "README.md", card.encode())
+    write_atomically(picture, (args.run / "loss.png").read_bytes())
     print(card)
 
 

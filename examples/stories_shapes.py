@@ -28,6 +28,8 @@ CANDIDATES = {
     "fusion concat": {"fusion": "concat"},
 }
 STORIES_ALONE = ["--plain", "1", "--rename", "0", "--drills", "0", "0", "--drill-share", "0", "0"]
+# What a pass or two over them needs; many need more.
+STORIES_ALONE += ["--dropout", "0.1", "--embedding-dropout", "0", "--weight-decay", "0.1"]
 TOKENS = 4096  # a step: 16 rows of 256
 
 

@@ -47,6 +47,7 @@ def parse_args(argv=None):
     parser.add_argument("--stories", nargs="+", required=True, help="story files with capitals")
     parser.add_argument("--lower", nargs="*", default=[], help="lower-case story files")
     parser.add_argument("--books", nargs="*", default=[], help="books, .txt or .xz")
+    parser.add_argument("--part", type=float, default=1.0, help="of the stories to learn from")
     parser.add_argument("--vocab-size", type=int, default=3072)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--channels", type=int, default=8)
@@ -178,6 +179,9 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     train_texts, unseen_texts = load_stories(args.stories, args.lower, seed=args.seed)
+    if args.part < 1:
+        random.Random(1).shuffle(train_texts)
+        train_texts = train_texts[: int(args.part * len(train_texts))]
     model_file = args.out / "tokenizer.model"
     if not model_file.exists():
         proto = train_sentencepiece(
