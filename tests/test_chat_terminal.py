@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -28,10 +29,17 @@ class Terminal:
             stdout=side,
             stderr=side,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=self.take_over,
         )
         os.close(side)
         self.text = ""
+
+    @staticmethod
+    def take_over():
+        """In the chat's process, before it begins."""
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        # A test run in a shell's background ignores Ctrl-C, and so would all that it starts.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def type(self, text):
         os.write(self.main, text.encode())
