@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx_lm
@@ -19,7 +20,7 @@ from mlx.utils import tree_flatten
 import tiny
 from mlx_mcsd import load, train
 from mlx_mcsd.errors import MCSDError
-from mlx_mcsd.training import checkpoint, corpus
+from mlx_mcsd.training import checkpoint, corpus, report
 from mlx_mcsd.training.config import TrainConfig
 from mlx_mcsd.training.loop import Run
 from mlx_mcsd.training.step import Stepper
@@ -231,6 +232,8 @@ def test_what_cannot_begin_or_go_on(words, tmp_path, capsys):
     assert f"holds a run: go on with it by --resume {run}" in error_of(words(), capsys)
     changed = ["--resume", str(run), "--batch-size", "4"]
     assert "batch_size must stay 2 when a run is resumed but got 4" in error_of(changed, capsys)
+    changed = ["--resume", str(run), "--dtype", "bfloat16"]
+    assert "dtype must stay 'float32' when a run is resumed" in error_of(changed, capsys)
     settings = (run / "training.yaml").read_text()
     with train.alone(run, 0):
         error = error_of(["--resume", str(run), "--learning-rate", "0.5"], capsys)
@@ -306,6 +309,26 @@ def test_other_tokens_than_the_checkpoint_learned(words, tmp_path, text, capsys)
     shutil.rmtree(run / "data")
     text.write_text(TEXT)
     train.main(["--resume", str(run), "--iters", "4"])
+
+
+def test_a_part_to_hold_out_where_a_file_is_held_out(words, tmp_path, capsys):
+    home = tmp_path / "texts"
+    home.mkdir()
+    for part in ("train", "valid"):
+        (home / f"{part}.jsonl").write_text('{"text": "a b"}\n')
+    error = error_of(words("run", "--data", str(home), "--val-fraction", "0.5"), capsys)
+    assert f"val_fraction must not be set where data hold out a part: {home}/valid.jsonl" in error
+
+
+def test_speed_is_of_the_steps_since_a_run_was_taken_up(tmp_path, monkeypatch):
+    clock = [10.0]
+    monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    told = report.Report(tmp_path, step=5, steps=20, characters=1.0, silent=False)
+    for step, seconds, wanted in ((7, 4.0, 50.0), (10, 1.0, 300.0)):
+        clock[0] += seconds
+        told.trained(step, loss=1.0, tokens=100)
+        entry = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+        assert (entry["step"], entry["tokens_per_second"]) == (step, wanted)
 
 
 def test_no_batches_to_evaluate(words, tmp_path):
