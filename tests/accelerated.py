@@ -1,12 +1,11 @@
-"""What one rank runs for `test_accelerate.py`: the example with DDP, then with FSDP.
+"""What one rank runs for `test_accelerate.py`: the example with FSDP, on a CPU.
 
-python accelerated.py OUT EXAMPLE FLAGS...   OUT/ddp and OUT/fsdp are the example's --out.
+python accelerated.py EXAMPLE FLAGS...
 """
 
 import os
 import runpy
 import sys
-from pathlib import Path
 
 from accelerate import state
 from accelerate.utils import DistributedType
@@ -30,14 +29,11 @@ def shard_on_cpu():
     state.AcceleratorState.__init__ = init
 
 
-def main(out, example, *flags):
-    for name, environment in (("ddp", {}), ("fsdp", FSDP)):
-        if environment:
-            os.environ |= environment
-            state.AcceleratorState._reset_state(reset_partial_state=True)
-            shard_on_cpu()
-        sys.argv = [example, "--out", str(Path(out) / name), *flags]
-        runpy.run_path(example, run_name="__main__")
+def main(example, *flags):
+    os.environ |= FSDP
+    shard_on_cpu()
+    sys.argv = [example, *flags]
+    runpy.run_path(example, run_name="__main__")
 
 
 if __name__ == "__main__":
