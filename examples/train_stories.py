@@ -49,49 +49,49 @@ def parse_args(argv=None):
     parser.add_argument("--books", nargs="*", default=[], help="books, .txt or .xz")
     parser.add_argument("--part", type=float, default=1.0, help="of the stories to learn from")
     parser.add_argument("--vocab-size", type=int, default=3072)
-    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--hidden-size", type=int, default=320)
     parser.add_argument("--channels", type=int, default=8)
     parser.add_argument("--layers", type=int, default=5)
-    parser.add_argument("--intermediate-size", type=int, default=768)
+    parser.add_argument("--intermediate-size", type=int, default=832)
     parser.add_argument("--projection", choices=["dense", "channel"], default="dense")
     parser.add_argument("--fusion", choices=["add", "concat"], default="add")
     parser.add_argument("--bf16", action="store_true", help="multiply matrices in bfloat16")
-    parser.add_argument("--steps", type=int, default=4400)
+    parser.add_argument("--steps", type=int, default=11500)
     parser.add_argument("--batch", type=int, default=16, help="rows a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a row and step")
     parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--dropout", type=float, default=0.15, help="on each residual branch")
-    parser.add_argument("--embedding-dropout", type=float, default=0.05)
-    parser.add_argument("--book-share", type=float, default=0.6, help="of the tokens at the start")
+    parser.add_argument("--weight-decay", type=float, default=0.3)
+    parser.add_argument("--dropout", type=float, default=0.2, help="on each residual branch")
+    parser.add_argument("--embedding-dropout", type=float, default=0.1)
+    parser.add_argument("--book-share", type=float, default=0.7, help="of the tokens at the start")
     parser.add_argument(
-        "--books-flat", type=float, default=0.28, help="part of the steps with that share of them"
+        "--books-flat", type=float, default=0.18, help="part of the steps with that share of them"
     )
     parser.add_argument(
         "--books-until",
         type=float,
-        default=0.35,
+        default=0.26,
         help="part of the steps after which they are gone",
     )
-    parser.add_argument("--plain", type=float, default=0.5, help="stories that nobody asks for")
+    parser.add_argument("--plain", type=float, default=0.4, help="stories that nobody asks for")
     parser.add_argument(
         "--rename", type=float, default=0.9, help="of those, with other names, at the start"
     )
     parser.add_argument(
-        "--rename-asked", type=float, default=0.75, help="of the others, with other names"
+        "--rename-asked", type=float, default=0.9, help="of the others, with other names"
     )
     parser.add_argument(
         "--drills",
         nargs=2,
         type=int,
-        default=[250, 200],
+        default=[0, 250],
         help="steps that only drill names: at the start, and when the books are gone",
     )
     parser.add_argument(
         "--drill-share",
         nargs=2,
         type=float,
-        default=[0.12, 0.5],
+        default=[0.0, 0.6],
         help="of drills in the tokens behind each of these; it fades as training goes on",
     )
     parser.add_argument(

@@ -124,5 +124,5 @@ def test_bits_per_character_on_stories_it_never_saw(bundled, card, data_dir, roo
         nats += nn.losses.cross_entropy(logits, ids[1:], reduction="sum").item()
     bits = nats / math.log(2) / sum(map(len, stories))
     claimed = float(re.search(r"\*\*([\d.]+)\*\* in float16", card)[1])
-    assert claimed <= 0.97
+    assert claimed <= 0.96
     assert bits == pytest.approx(claimed, abs=0.06)  # twelve stories stand for the slice
