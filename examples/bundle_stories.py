@@ -105,6 +105,7 @@ def main(argv=None):
         cores=options["threads"],
         arithmetic="bfloat16 products" if options["bf16"] else "float32",
         command=as_typed(argv),
+        asked=100 * (1 - options["plain"]),
         sources="\n".join(f"| {name} | `{digest}` |" for name, digest in facts["sources"].items()),
         licences="; ".join(args.licence) or "not named",
         temperature=settings["temperature"],

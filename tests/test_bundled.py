@@ -8,7 +8,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.sample_utils import make_sampler
 
 from mlx_mcsd import load
 from mlx_mcsd.generate import main
@@ -79,25 +78,19 @@ def test_a_conversation_is_what_it_was_taught(bundled, dialog):
     assert tokenizer.decode(ids[2:-1], skip_special_tokens=True).startswith("Tell me a story.")
 
 
-def test_the_one_who_was_asked_for_is_in_the_story(bundled, root, monkeypatch):
+def test_the_one_who_was_asked_for_is_in_the_story(card, root, monkeypatch):
+    """Of a hundred, as the card counts them; of twenty others, asked here."""
     monkeypatch.syspath_prepend(str(root / "examples"))
-    from stories_replies import reply
+    from stories_replies import measure
 
-    model, tokenizer = bundled
-    mx.random.seed(0)
-    asked = [
-        "dog named Max",
-        "girl named Mia",
-        "cat called Luna",
-        "boy named Finn",
-        "bear named Leo",
-    ]
-    told = [
-        reply(model, tokenizer, make_sampler(0.7, 0.95), f"Tell me a story about a {who}.", 200)[0]
-        for who in asked
-    ]
-    named = [who.split()[-1] in story for who, story in zip(asked, told, strict=True)]
-    assert sum(named) >= 4, told  # chance: some of five hundred names
+    named, looping, ended = map(
+        int, re.search(r"of 100 fresh ones, (\d+) .*?, (\d+) loop .*?, (\d+) end", card).groups()
+    )
+    assert named >= 80 and looping == 0 and ended >= 95
+    counts, replies = measure(resolve(), 20, seed=3)
+    told = [r["reply"] for r in replies]
+    assert counts["named"] >= 12, told  # a fifth fewer; chance: some of five hundred names
+    assert counts["loops"] <= 1 and counts["ended"] >= 17, told
 
 
 def test_the_card_names_the_data_it_was_trained_on(card, data_dir):

@@ -154,6 +154,18 @@ def test_training_learns_and_writes_all_it_promises(train, tmp_path, capsys):
     assert (mlx / "README.md").read_text() == card
 
 
+def test_a_part_of_the_stories(train, tmp_path, capsys):
+    counts = []
+    for part in (1.0, 0.5):
+        train(tmp_path / str(part), 1, part=part)
+        printed = capsys.readouterr().err
+        counts.append(
+            tuple(map(int, re.search(r"(\d+) stories, .*; (\d+) held", printed).groups()))
+        )
+    (all_of_them, held_out), half = counts
+    assert half == (all_of_them // 2, held_out)
+
+
 def test_the_bundled_model_is_made_by_one_command(stories, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import bundle_stories
