@@ -7,8 +7,10 @@ Stories are read as endless streams: every row continues where its last segment 
 state carried over and reset where a story begins, so that no story is cut. Some of them answer the
 request of a user, in the chat template's words. Books are mixed in early and fade out. Killed at
 any moment, the same command resumes from the last checkpoint.
-Writes OUT/hf (a Hugging Face directory to convert), OUT/log.jsonl, OUT/loss.png, OUT/facts.json and
-OUT/unseen.json (the stories held out); examples/bundle_stories.py makes the bundled model of them.
+Writes OUT/hf (a Hugging Face directory to convert, or a teacher of another run), OUT/log.jsonl,
+OUT/loss.png, OUT/facts.json, OUT/unseen.json (the stories held out) and OUT/flat.pt (the weights
+where the learning rate began to fall, to start another run from); examples/bundle_stories.py makes
+the bundled model of several runs.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import random
 import sys
 from pathlib import Path
@@ -25,6 +28,7 @@ import sentencepiece
 import torch
 from stories_requests import ASSISTANT, CHAT_TEMPLATE, NAME_PIECES, USER, Requests
 from stories_streams import Streams
+from stories_teachers import Teachers
 from stories_text import load_books, load_stories
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -36,17 +40,25 @@ from mlx_mcsd.files import replacing, write_atomically
 from mlx_mcsd.tokenizer import save_tokenizer, train_sentencepiece
 from mlx_mcsd.training.report import draw
 
-FREE = ("out", "stories", "lower", "books", "threads", "evaluate_every", "checkpoint_every")
+FREE = (
+    *("out", "stories", "lower", "books", "teachers", "init_from"),
+    *("threads", "evaluate_every", "checkpoint_every"),
+)
 """Options that may be others when a run is resumed: what files hold is not known by their paths."""
 
 
 def parse_args(argv=None):
-    """Command line; the defaults are those of the bundled model."""
+    """Command line; the defaults are those of the bundled model's last teacher."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--stories", nargs="+", required=True, help="story files with capitals")
     parser.add_argument("--lower", nargs="*", default=[], help="lower-case story files")
     parser.add_argument("--books", nargs="*", default=[], help="books, .txt or .xz")
+    parser.add_argument(
+        "--teachers", nargs="*", default=[], help="folders OUT/hf of runs to learn from as well"
+    )
+    parser.add_argument("--teach", type=float, default=0.9, help="share of teachers in the loss")
+    parser.add_argument("--init-from", type=Path, help="file OUT/flat.pt of a run to start from")
     parser.add_argument("--part", type=float, default=1.0, help="of the stories to learn from")
     parser.add_argument("--vocab-size", type=int, default=3072)
     parser.add_argument("--hidden-size", type=int, default=320)
@@ -165,6 +177,17 @@ def bits_per_character(model, encoded, texts):
     return nats / math.log(2) / sum(map(len, texts))
 
 
+def start_from(model, path):
+    """Load the weights of a file that :func:`main` wrote, OUT/flat.pt or OUT/checkpoint.pt."""
+    try:
+        model.load_state_dict(torch.load(path, weights_only=True)["model"])
+    except (RuntimeError, pickle.UnpicklingError, KeyError, TypeError):
+        raise MCSDError(
+            f"--init-from must be weights of the same shape but {path} is not; name flat.pt of a "
+            "run with the same sizes."
+        ) from None
+
+
 def save_atomically(payload, path):
     """torch.save beside the target, then rename: a kill leaves the old checkpoint whole."""
     with replacing(path) as partial:
@@ -178,7 +201,7 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    train_texts, unseen_texts = load_stories(args.stories, args.lower, seed=args.seed)
+    train_texts, unseen_texts = load_stories(args.stories, args.lower)
     if args.part < 1:
         random.Random(1).shuffle(train_texts)
         train_texts = train_texts[: int(args.part * len(train_texts))]
@@ -218,9 +241,14 @@ def main(argv=None):
     parameters = sum(p.numel() for p in model.parameters())
     add_dropout(model, args.dropout, args.embedding_dropout)
     optimizers = make_optimizers(model, args)
+    is_name = torch.zeros(args.vocab_size, dtype=torch.bool)
+    is_name[[processor.piece_to_id(piece) for piece in NAME_PIECES if args.names]] = True
+    teachers = Teachers(args.teachers, proto, is_name, args.teach)
     options = {name: value for name, value in vars(args).items() if name not in FREE}
     checkpoint, log_path = args.out / "checkpoint.pt", args.out / "log.jsonl"
     step, carried, log = 0, None, []
+    if args.init_from and not checkpoint.exists():
+        start_from(model, args.init_from)
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         for name, value in saved["options"].items():
@@ -235,6 +263,7 @@ def main(argv=None):
         streams.restore(saved["streams"])
         torch.set_rng_state(saved["rng"])
         step, carried, log = saved["step"], saved["carried"], saved["log"]
+        teachers.carried = saved["taught"]
 
     model.train()
     bar = tqdm(total=args.steps, initial=step, unit="step", smoothing=0.05)
@@ -247,7 +276,12 @@ def main(argv=None):
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             out = model.model(inputs, reset=reset, past_key_values=past, use_cache=True)
             logits = model.lm_head(out.last_hidden_state)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            taught = teachers.probabilities(inputs, reset, fresh) if args.teachers else None
+        logits, targets = logits.float().flatten(0, 1), targets.flatten()
+        told = (targets >= 0).sum().clamp(min=1)  # a request may fill a segment
+        loss = text = F.cross_entropy(logits, targets, reduction="sum") / told
+        if args.teachers:
+            loss = text + teachers.pull(logits, targets, taught) / told
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
@@ -263,7 +297,7 @@ def main(argv=None):
         carried = [tuple(t.detach() for t in layer) for layer in out.past_key_values.layers]
         step += 1
         bar.update()
-        bits = loss.item() / math.log(2) / characters_per_token
+        bits = text.item() / math.log(2) / characters_per_token
         if step % 10 == 0:
             bar.set_postfix(bpc=f"{bits:.3f}", norm=f"{norm:.2f}")
             log.append({"step": step, "bits_per_character": round(bits, 4)})
@@ -272,6 +306,8 @@ def main(argv=None):
             log.append({"step": step, "val_bits_per_character": round(unseen_bits, 4)})
             bar.write(f"step {step}: {unseen_bits:.4f} bits per character on unseen stories")
             write_atomically(args.out / "loss.png", draw(log))
+        if step == args.steps // 2:
+            save_atomically({"model": model.state_dict()}, args.out / "flat.pt")
         if step % args.checkpoint_every == 0 or step == args.steps:
             save_atomically(
                 {
@@ -281,6 +317,7 @@ def main(argv=None):
                     "rng": torch.get_rng_state(),
                     "step": step,
                     "carried": carried,
+                    "taught": teachers.carried,
                     "log": log,
                     "options": options,
                 },

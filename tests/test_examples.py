@@ -166,6 +166,70 @@ def test_a_part_of_the_stories(train, tmp_path, capsys):
     assert half == (all_of_them // 2, held_out)
 
 
+@pytest.fixture
+def taught(train, tmp_path):
+    """Two teachers, the tokenizer that they share, and tokens."""
+    folders = [train(tmp_path / f"teacher-{seed}", 4, seed=seed) / "hf" for seed in (1, 2)]
+    tokens = torch.randint(0, 330, (2, 24), generator=torch.Generator().manual_seed(0))
+    return folders, (folders[0] / "tokenizer.model").read_bytes(), tokens
+
+
+def test_teachers_say_together_what_comes_next(taught):
+    from stories_teachers import Teachers
+
+    from mlx_mcsd.convert.reference.modeling_mcsd import MCSDForCausalLM
+
+    folders, tokenizer, tokens = taught
+    is_name = torch.zeros(330, dtype=torch.bool)
+    is_name[tokens[0, 7]] = True
+    teachers = Teachers(folders, tokenizer, is_name, 0.7)
+    reset = torch.zeros(2, 24, dtype=torch.bool)
+    reset[1, 11] = True
+    models = [MCSDForCausalLM.from_pretrained(folder) for folder in folders]
+    with torch.no_grad():
+        whole = sum(
+            torch.softmax(m.lm_head(m.model(tokens, reset=reset).last_hidden_state), -1)
+            for m in models
+        )
+    whole = whole / 2
+    assert (whole - torch.softmax(models[0](tokens).logits, -1)).abs().max() > 1e-4
+    for _ in range(2):  # a state carried over two segments, and none over a fresh start
+        first = teachers.probabilities(tokens[:, :10], reset[:, :10], fresh=True)
+        second = teachers.probabilities(tokens[:, 10:], reset[:, 10:], fresh=False)
+        torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-5, atol=1e-8)
+
+    logits = torch.randn(48, 330, requires_grad=True)
+    targets = torch.roll(tokens, -1, 1).masked_fill(reset, -100).flatten()
+    pull = teachers.pull(logits, targets, whole)
+    spoken = torch.log_softmax(logits, -1)
+    terms = [
+        spoken[i, y] - (whole.flatten(0, 1)[i] * spoken[i]).sum()
+        for i, y in enumerate(targets)
+        if y >= 0 and not is_name[y]
+    ]
+    assert len(terms) < 47  # a name, at least, is among them
+    torch.testing.assert_close(pull, 0.7 * sum(terms))
+
+
+def test_a_student_starts_from_weights_and_learns_from_teachers(train, taught, tmp_path, capsys):
+    folders, _, _ = taught
+    flat = folders[1].parent / "flat.pt"
+    begun = torch.load(flat, weights_only=True)["model"]
+    still = train(tmp_path / "still", 1, init_from=flat, lr=0)
+    found = torch.load(still / "checkpoint.pt", weights_only=True)["model"]
+    assert all(torch.equal(found[name], begun[name]) for name in begun)
+
+    with pytest.raises(SystemExit):
+        train(tmp_path / "wide", 1, init_from=flat, hidden_size=32)
+    assert f"same shape but {flat} is not" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train(tmp_path / "lone", 1, teachers=tmp_path)
+    assert f"Hugging Face directory but {tmp_path} is none" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train(tmp_path / "other", 1, teachers=folders[0], vocab_size=331)
+    assert f"{folders[0]} has another" in capsys.readouterr().err
+
+
 def test_the_bundled_model_is_made_by_one_command(stories, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import bundle_stories
@@ -174,13 +238,21 @@ def test_the_bundled_model_is_made_by_one_command(stories, tmp_path, monkeypatch
     words += ["--replies", 2, "--stories", stories["cased"], "--no-names", "--vocab-size", 330]
     words += ["--hidden-size", 32, "--channels", 2, "--layers", 1, "--intermediate-size", 32]
     words += ["--batch", 2, "--length", 16, "--steps", 2, "--threads", 1, "--bf16"]
+    monkeypatch.setattr(bundle_stories, "TEACHERS", bundle_stories.TEACHERS[1:])
     bundle_stories.main([*map(str, words)])
+    for run, lr in ("run/teacher-1", 0.004), ("run/teacher-2", 0.004), ("run", 0.003):
+        facts = json.loads((tmp_path / run / "facts.json").read_text())
+        assert facts["options"]["lr"] == lr and facts["options"]["hidden_size"] == 32
     card = (tmp_path / "mlx" / "README.md").read_text()
     assert (
         "--stories cased.txt --no-names --vocab-size 330" in card
         and "in 8 bits a weight on MLX" in card
     )
     assert "1 CPU cores, in bfloat16 products" in card
+    assert (
+        "learned\n90 % from what they say together" in card
+        and card.count("| 0.02 million | 0.0 million |") == 2
+    )
     assert json.loads((tmp_path / "mlx" / "config.json").read_text())["quantization"]["bits"] == 8
 
 
@@ -230,28 +302,32 @@ def test_the_shapes_compared_have_one_budget(stories, tmp_path, monkeypatch, cap
 def test_a_run_that_was_killed_resumes_to_the_same_weights(train, tmp_path, monkeypatch, capsys):
     import train_stories
 
-    whole = train(tmp_path / "whole", 6)
+    teacher = train(tmp_path / "teacher", 2, seed=1)
+    options = {"teachers": teacher / "hf", "init_from": teacher / "flat.pt"}
+    whole = train(tmp_path / "whole", 6, **options)
 
     class KilledError(Exception):
         pass
 
     def die(payload, path, real=train_stories.save_atomically):
         real(payload, path)
-        if payload["step"] == 4:
+        if payload.get("step") == 4:
             raise KilledError
 
     monkeypatch.setattr(train_stories, "save_atomically", die)
     with pytest.raises(KilledError):
-        train(tmp_path / "resumed", 6)
+        train(tmp_path / "resumed", 6, **options)
     monkeypatch.undo()
     monkeypatch.syspath_prepend(str(EXAMPLES))
     with pytest.raises(SystemExit):
-        train(tmp_path / "resumed", 6, lr=0.1)
+        train(tmp_path / "resumed", 6, lr=0.1, **options)
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.endswith("with lr = 0.004, not 0.1; repeat its options, or name another --out.")
-    resumed = train(tmp_path / "resumed", 6)
+    resumed = train(tmp_path / "resumed", 6, **options)
     model = "hf/model.safetensors"
     assert (resumed / model).read_bytes() == (whole / model).read_bytes()
+    alone = train(tmp_path / "alone", 6, init_from=teacher / "flat.pt")
+    assert (alone / model).read_bytes() != (whole / model).read_bytes()
 
 
 @pytest.mark.parametrize(
