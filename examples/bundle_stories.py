@@ -47,23 +47,31 @@ TEACHERS = [
     "",
 ]
 STUDENT = (
-    "--steps 3800 --lr 0.003 --weight-decay 0.4 --dropout 0.1 --teach 0.9 --book-share 0 "
+    "--steps 3800 --lr 0.003 --weight-decay 0.4 --dropout 0.1 --distill 0.9 --book-share 0 "
     "--books-flat 0 --books-until 0 --drills 0 0 --drill-share 0 0.5"
 )
 """What the runs have that the defaults of examples/train_stories.py do not say."""
 
-TOLD_OF_TEACHERS = """
-It started from the last of these teachers, as that was in the middle of its training, and learned
-{share:.0f} % from what they say together of the next token, names aside. Only they have read books.
+TAUGHT = """
+That was so for {count} teachers. The storyteller started from the last of them, as it was in the
+middle of its training after {before:.1f} million tokens, and went on with {books:.0f} % of books.
+Names aside, {weight:.0f} % of what it learned from there on are the mean probabilities of these:
 
-| parameters of the teacher | tokens it saw | bits per character, the same unseen stories |
+| teacher's parameters | bits per character, the same unseen stories | sha256 |
 | --- | --- | --- |
-{rows}"""
+{rows}
+"""
+"""What the card says of a run with teachers."""
 
 
 def train(run, flags):
     """Train teachers and storyteller; a flag that is given counts where the recipe has it too."""
+    for flag in ("--out", "--teachers", "--init-from"):
+        if flag in flags:
+            raise MCSDError(f"{flag} is chosen by the recipe but was given; leave it out.")
     folders = [run / f"teacher-{number}" for number in range(1, len(TEACHERS) + 1)]
+    if (run / "checkpoint.pt").exists() and not (folders[-1] / "facts.json").exists():
+        raise MCSDError(f"--run must be new or this recipe's but {run} holds another training.")
     for folder, recipe in zip(folders, TEACHERS, strict=True):
         train_stories.main(["--out", str(folder), *recipe.split(), *flags])
     words = ["--out", run, "--init-from", folders[-1] / "flat.pt"]
@@ -71,15 +79,22 @@ def train(run, flags):
     train_stories.main([*map(str, words), *STUDENT.split(), *flags])
 
 
-def tell_of_teachers(run, share):
+def write_of_teachers(facts):
     """Markdown of the teachers of a run, empty if it had none."""
-    taught = [json.loads(path.read_text()) for path in sorted(run.glob("teacher-*/facts.json"))]
     rows = [
-        f"| {facts['parameters'] / 1e6:.2f} million | {facts['training_tokens_seen'] / 1e6:.1f} "
-        f"million | {facts['bits_per_character_unseen']:.4f} |\n"
-        for facts in taught
+        f"| {teacher['parameters'] / 1e6:.2f} million | "
+        f"{teacher['bits_per_character_unseen']:.4f} | `{teacher['sha256']}` |"
+        for teacher in facts["teachers"]
     ]
-    return TOLD_OF_TEACHERS.format(share=100 * share, rows="".join(rows)) if rows else ""
+    options = facts["options"]
+    values = {
+        "count": len(rows),
+        "before": facts["training_tokens_before"] / 1e6,
+        "books": 100 * options["book_share"],
+        "weight": 100 * options["distill"],
+        "rows": "\n".join(rows),
+    }
+    return TAUGHT.format(**values) if rows else ""
 
 
 def quote(text):
@@ -152,7 +167,7 @@ def main(argv=None):
         arithmetic="bfloat16 products" if options["bf16"] else "float32",
         command=as_typed(argv),
         asked=100 * (1 - options["plain"]),
-        teachers=tell_of_teachers(args.run, options["teach"]),
+        teachers=write_of_teachers(facts),
         sources="\n".join(f"| {name} | `{digest}` |" for name, digest in facts["sources"].items()),
         licences="; ".join(args.licence) or "not named",
         temperature=settings["temperature"],

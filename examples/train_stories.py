@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import random
 import sys
 from pathlib import Path
@@ -46,6 +45,12 @@ FREE = (
 )
 """Options that may be others when a run is resumed: what files hold is not known by their paths."""
 
+SHAPE = (
+    *("vocab_size", "hidden_size", "channels", "layers", "intermediate_size"),
+    *("projection", "fusion"),
+)
+"""Options that weights must share with a run to start it."""
+
 
 def parse_args(argv=None):
     """Command line; the defaults are those of the bundled model's last teacher."""
@@ -57,7 +62,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--teachers", nargs="*", default=[], help="folders OUT/hf of runs to learn from as well"
     )
-    parser.add_argument("--teach", type=float, default=0.9, help="share of teachers in the loss")
+    parser.add_argument("--distill", type=float, default=0.9, help="weight of the teachers' loss")
     parser.add_argument("--init-from", type=Path, help="file OUT/flat.pt of a run to start from")
     parser.add_argument("--part", type=float, default=1.0, help="of the stories to learn from")
     parser.add_argument("--vocab-size", type=int, default=3072)
@@ -177,14 +182,17 @@ def bits_per_character(model, encoded, texts):
     return nats / math.log(2) / sum(map(len, texts))
 
 
-def start_from(model, path):
-    """Load the weights of a file that :func:`main` wrote, OUT/flat.pt or OUT/checkpoint.pt."""
+def start_from(model, path, identity):
+    """Load the weights of a flat.pt of the same shape and tokenizer; return the tokens they saw."""
     try:
-        model.load_state_dict(torch.load(path, weights_only=True)["model"])
-    except (RuntimeError, pickle.UnpicklingError, KeyError, TypeError):
+        saved = torch.load(path, weights_only=True)
+        same = {name: saved[name] for name in identity} == identity
+        model.load_state_dict(saved["model"] if same else {})
+        return saved["tokens_seen"]
+    except Exception:  # torch raises a dozen kinds for files that are something else
         raise MCSDError(
-            f"--init-from must be weights of the same shape but {path} is not; name flat.pt of a "
-            "run with the same sizes."
+            "--init-from must be a file flat.pt with the shape and tokenizer of this run but "
+            f"{path} is not; train where it comes from anew, with the same sizes and stories."
         ) from None
 
 
@@ -243,19 +251,22 @@ def main(argv=None):
     optimizers = make_optimizers(model, args)
     is_name = torch.zeros(args.vocab_size, dtype=torch.bool)
     is_name[[processor.piece_to_id(piece) for piece in NAME_PIECES if args.names]] = True
-    teachers = Teachers(args.teachers, proto, is_name, args.teach)
+    teachers = Teachers(args.teachers, proto, is_name, args.distill)
     options = {name: value for name, value in vars(args).items() if name not in FREE}
+    options["teachers"] = teachers.digests
+    identity = {name: options[name] for name in SHAPE}
+    identity["tokenizer"] = hashlib.sha256(proto).hexdigest()
     checkpoint, log_path = args.out / "checkpoint.pt", args.out / "log.jsonl"
-    step, carried, log = 0, None, []
+    step, carried, log, tokens_before = 0, None, [], 0
     if args.init_from and not checkpoint.exists():
-        start_from(model, args.init_from)
+        tokens_before = start_from(model, args.init_from, identity)
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         for name, value in saved["options"].items():
-            if options[name] != value:
+            if options.get(name) != value:
                 raise MCSDError(
-                    f"{checkpoint} is of a run with {name} = {value}, not {options[name]}; repeat "
-                    "its options, or name another --out."
+                    f"{checkpoint} is of a run with {name} = {value}, not {options.get(name)}; "
+                    "repeat its options, or name another --out."
                 )
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
@@ -263,7 +274,7 @@ def main(argv=None):
         streams.restore(saved["streams"])
         torch.set_rng_state(saved["rng"])
         step, carried, log = saved["step"], saved["carried"], saved["log"]
-        teachers.carried = saved["taught"]
+        teachers.states, tokens_before = saved["teacher_states"], saved["tokens_before"]
 
     model.train()
     bar = tqdm(total=args.steps, initial=step, unit="step", smoothing=0.05)
@@ -276,12 +287,15 @@ def main(argv=None):
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             out = model.model(inputs, reset=reset, past_key_values=past, use_cache=True)
             logits = model.lm_head(out.last_hidden_state)
-            taught = teachers.probabilities(inputs, reset, fresh) if args.teachers else None
+            if args.teachers:
+                probabilities = teachers.probabilities(inputs, reset, fresh)
         logits, targets = logits.float().flatten(0, 1), targets.flatten()
-        told = (targets >= 0).sum().clamp(min=1)  # a request may fill a segment
-        loss = text = F.cross_entropy(logits, targets, reduction="sum") / told
+        learned = (targets >= 0).sum().clamp(min=1)  # a request may fill a segment
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        bits = losses.sum().item() / learned.item() / math.log(2) / characters_per_token
         if args.teachers:
-            loss = text + teachers.pull(logits, targets, taught) / told
+            losses = teachers.distil(losses, logits, targets, probabilities)
+        loss = losses.sum() / learned
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
@@ -297,7 +311,6 @@ def main(argv=None):
         carried = [tuple(t.detach() for t in layer) for layer in out.past_key_values.layers]
         step += 1
         bar.update()
-        bits = text.item() / math.log(2) / characters_per_token
         if step % 10 == 0:
             bar.set_postfix(bpc=f"{bits:.3f}", norm=f"{norm:.2f}")
             log.append({"step": step, "bits_per_character": round(bits, 4)})
@@ -306,8 +319,10 @@ def main(argv=None):
             log.append({"step": step, "val_bits_per_character": round(unseen_bits, 4)})
             bar.write(f"step {step}: {unseen_bits:.4f} bits per character on unseen stories")
             write_atomically(args.out / "loss.png", draw(log))
-        if step == args.steps // 2:
-            save_atomically({"model": model.state_dict()}, args.out / "flat.pt")
+        if step == max(1, args.steps // 2):
+            seen = tokens_before + step * args.batch * args.length
+            flat = {"model": model.state_dict(), "tokens_seen": seen, **identity}
+            save_atomically(flat, args.out / "flat.pt")
         if step % args.checkpoint_every == 0 or step == args.steps:
             save_atomically(
                 {
@@ -317,7 +332,8 @@ def main(argv=None):
                     "rng": torch.get_rng_state(),
                     "step": step,
                     "carried": carried,
-                    "taught": teachers.carried,
+                    "teacher_states": teachers.states,
+                    "tokens_before": tokens_before,
                     "log": log,
                     "options": options,
                 },
@@ -336,7 +352,18 @@ def main(argv=None):
         "parameters": parameters,
         "bits_per_character_unseen": round(bits_per_character(model, unseen, unseen_texts), 4),
         "unseen": {"stories": len(unseen), "characters": sum(map(len, unseen_texts))},
-        "training_tokens_seen": step * args.batch * args.length,
+        "training_tokens_seen": tokens_before + step * args.batch * args.length,
+        "training_tokens_before": tokens_before,
+        "teachers": [
+            {
+                "parameters": sum(p.numel() for p in teacher.parameters()),
+                "bits_per_character_unseen": round(
+                    bits_per_character(teacher, unseen, unseen_texts), 4
+                ),
+                "sha256": digest,
+            }
+            for teacher, digest in zip(teachers.models, teachers.digests, strict=True)
+        ],
         "sources": {
             Path(p).name: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in sources
         },

@@ -1,8 +1,10 @@
 """The examples do what they say, each run as a user runs it but small."""
 
+import hashlib
 import json
 import lzma
 import re
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -182,7 +184,7 @@ def test_teachers_say_together_what_comes_next(taught):
     folders, tokenizer, tokens = taught
     is_name = torch.zeros(330, dtype=torch.bool)
     is_name[tokens[0, 7]] = True
-    teachers = Teachers(folders, tokenizer, is_name, 0.7)
+    teachers = Teachers(folders, tokenizer, is_name, weight=0.7)
     reset = torch.zeros(2, 24, dtype=torch.bool)
     reset[1, 11] = True
     models = [MCSDForCausalLM.from_pretrained(folder) for folder in folders]
@@ -191,24 +193,24 @@ def test_teachers_say_together_what_comes_next(taught):
             torch.softmax(m.lm_head(m.model(tokens, reset=reset).last_hidden_state), -1)
             for m in models
         )
+        alone = torch.softmax(models[0](tokens, reset=reset).logits, -1)
     whole = whole / 2
-    assert (whole - torch.softmax(models[0](tokens).logits, -1)).abs().max() > 1e-4
+    assert (whole - alone).abs().max() > 1e-4
     for _ in range(2):  # a state carried over two segments, and none over a fresh start
         first = teachers.probabilities(tokens[:, :10], reset[:, :10], fresh=True)
         second = teachers.probabilities(tokens[:, 10:], reset[:, 10:], fresh=False)
         torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-5, atol=1e-8)
 
-    logits = torch.randn(48, 330, requires_grad=True)
+    logits = torch.randn(48, 330, generator=torch.Generator().manual_seed(0))
     targets = torch.roll(tokens, -1, 1).masked_fill(reset, -100).flatten()
-    pull = teachers.pull(logits, targets, whole)
     spoken = torch.log_softmax(logits, -1)
-    terms = [
-        spoken[i, y] - (whole.flatten(0, 1)[i] * spoken[i]).sum()
-        for i, y in enumerate(targets)
-        if y >= 0 and not is_name[y]
-    ]
-    assert len(terms) < 47  # a name, at least, is among them
-    torch.testing.assert_close(pull, 0.7 * sum(terms))
+    text = -spoken[range(48), targets] * (targets >= 0)
+    soft = -(whole.flatten(0, 1) * spoken).sum(-1)
+    expected = torch.where((targets < 0) | is_name[targets], text, 0.3 * text + 0.7 * soft)
+    assert (expected == text).sum() in range(2, 10)  # what is no target, and a name or more
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    found = teachers.distil(losses, logits, targets, whole)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_student_starts_from_weights_and_learns_from_teachers(train, taught, tmp_path, capsys):
@@ -219,15 +221,25 @@ def test_a_student_starts_from_weights_and_learns_from_teachers(train, taught, t
     found = torch.load(still / "checkpoint.pt", weights_only=True)["model"]
     assert all(torch.equal(found[name], begun[name]) for name in begun)
 
-    with pytest.raises(SystemExit):
-        train(tmp_path / "wide", 1, init_from=flat, hidden_size=32)
-    assert f"same shape but {flat} is not" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        train(tmp_path / "lone", 1, teachers=tmp_path)
-    assert f"Hugging Face directory but {tmp_path} is none" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        train(tmp_path / "other", 1, teachers=folders[0], vocab_size=331)
-    assert f"{folders[0]} has another" in capsys.readouterr().err
+    def refusal(out, **options):
+        with pytest.raises(SystemExit):
+            train(tmp_path / out, 1, **options)
+        return capsys.readouterr().err.splitlines()[-1]
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folders[0], damaged)
+    weights = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(weights[:-4])
+    for file in flat, tmp_path / "none.pt", folders[0] / "model.safetensors":
+        error = refusal("wide", init_from=file, hidden_size=32)
+        assert f"with the shape and tokenizer of this run but {file} is not" in error
+    for folder in tmp_path, damaged:
+        error = refusal("lone", teachers=folder)
+        assert f"the folder hf of a run that has ended but {folder} is not" in error
+    assert f"{folders[0]} has another" in refusal("other", teachers=folders[0], vocab_size=331)
+    assert "between 0 and 1 but is 1.5" in refusal("more", teachers=folders[0], distill=1.5)
+    train(tmp_path / "first", 1, teachers=folders[0])
+    assert "of a run with teachers = [" in refusal("first", teachers=folders[1])
 
 
 def test_the_bundled_model_is_made_by_one_command(stories, tmp_path, monkeypatch):
@@ -249,11 +261,28 @@ def test_the_bundled_model_is_made_by_one_command(stories, tmp_path, monkeypatch
         and "in 8 bits a weight on MLX" in card
     )
     assert "1 CPU cores, in bfloat16 products" in card
-    assert (
-        "learned\n90 % from what they say together" in card
-        and card.count("| 0.02 million | 0.0 million |") == 2
-    )
+    weights = [tmp_path / "run" / f"teacher-{n}" / "hf" / "model.safetensors" for n in (1, 2)]
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in weights]
+    assert [teacher["sha256"] for teacher in facts["teachers"]] == digests
+    assert all(digest in card for digest in digests) and "That was so for 2 teachers" in card
+    assert facts["training_tokens_before"] == 32 and facts["training_tokens_seen"] == 96
     assert json.loads((tmp_path / "mlx" / "config.json").read_text())["quantization"]["bits"] == 8
+
+
+def test_the_recipe_keeps_its_runs_apart(stories, tmp_path, capsys):
+    import bundle_stories
+
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "checkpoint.pt").write_bytes(b"")
+    for run, flags, wanted in (
+        ("new", ["--init-from", "flat.pt"], "--init-from is chosen by the recipe but was given"),
+        ("old", ["--stories", "a.txt"], f"{tmp_path / 'old'} holds another training"),
+    ):
+        words = ["--run", tmp_path / run, "--mlx-path", tmp_path / "mlx", *flags]
+        with pytest.raises(SystemExit):
+            bundle_stories.main([*map(str, words)])
+        assert wanted in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_replies_are_counted(stories, monkeypatch):
@@ -303,7 +332,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_weights(train, tmp_path, monk
     import train_stories
 
     teacher = train(tmp_path / "teacher", 2, seed=1)
-    options = {"teachers": teacher / "hf", "init_from": teacher / "flat.pt"}
+    options = {"teachers": teacher / "hf", "init_from": teacher / "flat.pt", "checkpoint_every": 1}
     whole = train(tmp_path / "whole", 6, **options)
 
     class KilledError(Exception):
@@ -311,13 +340,19 @@ def test_a_run_that_was_killed_resumes_to_the_same_weights(train, tmp_path, monk
 
     def die(payload, path, real=train_stories.save_atomically):
         real(payload, path)
-        if payload.get("step") == 4:
+        if payload.get("step") == 3:  # in the middle of a deal, so that states go on
             raise KilledError
 
     monkeypatch.setattr(train_stories, "save_atomically", die)
     with pytest.raises(KilledError):
         train(tmp_path / "resumed", 6, **options)
     monkeypatch.undo()
+    flat, killed = (
+        torch.load(tmp_path / "resumed" / name, weights_only=True)
+        for name in ("flat.pt", "checkpoint.pt")
+    )
+    assert all(torch.equal(flat["model"][name], killed["model"][name]) for name in flat["model"])
+    assert flat["tokens_seen"] == 4 * 32 and killed["teacher_states"][0] is not None
     monkeypatch.syspath_prepend(str(EXAMPLES))
     with pytest.raises(SystemExit):
         train(tmp_path / "resumed", 6, lr=0.1, **options)
