@@ -48,20 +48,26 @@ TEACHERS = [
 ]
 STUDENT = (
     "--steps 4000 --lr 0.003 --weight-decay 0.4 --dropout 0.1 --distill 0.9 --book-share 0 "
-    "--books-flat 0 --books-until 0 --drills 0 0 --drill-share 0 0.5"
+    "--books-flat 0 --books-until 0 --drills 0 0 --drill-share 0 0.5 --calibrate"
 )
 """What the runs have that the defaults of examples/train_stories.py do not say."""
 
 TAUGHT = """
-That was so for {count} teachers. The storyteller started from the last of them, as it was in the
-middle of its training after {before:.1f} million tokens, and went on with {books:.0f} % of books.
-Names aside, {weight:.0f} % of what it learned from there on are the mean probabilities of these:
+So were {count} teachers trained. The storyteller started from the last of them, as it was in the
+middle of its training after {before:.1f} million tokens, and went on {books}. Names
+aside, {weight:.0f} % of what it learned from there on are the mean probabilities of these:
 
 | teacher's parameters | bits per character, the same unseen stories | sha256 |
 | --- | --- | --- |
 {rows}
 """
 """What the card says of a run with teachers."""
+
+CALIBRATED = """
+In the end all logits were multiplied by {scale:.3f}, the number that fits one half of the stories
+held out best. The figures are of the other half; the picture is of both, before the scaling.
+"""
+"""What the card says of a run with calibration."""
 
 
 def train(run, flags):
@@ -90,7 +96,9 @@ def write_of_teachers(facts):
     values = {
         "count": len(rows),
         "before": facts["training_tokens_before"] / 1e6,
-        "books": 100 * options["book_share"],
+        "books": f"with {options['book_share']:.0%} of books"
+        if options["book_share"]
+        else "without books",
         "weight": 100 * options["distill"],
         "rows": "\n".join(rows),
     }
@@ -168,6 +176,7 @@ def main(argv=None):
         command=as_typed(argv),
         asked=100 * (1 - options["plain"]),
         teachers=write_of_teachers(facts),
+        calibrated=CALIBRATED.format(scale=facts["logit_scale"]) if options["calibrate"] else "",
         sources="\n".join(f"| {name} | `{digest}` |" for name, digest in facts["sources"].items()),
         licences="; ".join(args.licence) or "not named",
         temperature=settings["temperature"],

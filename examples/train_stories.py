@@ -41,7 +41,7 @@ from mlx_mcsd.training.report import draw
 
 FREE = (
     *("out", "stories", "lower", "books", "teachers", "init_from"),
-    *("threads", "evaluate_every", "checkpoint_every"),
+    *("calibrate", "threads", "evaluate_every", "checkpoint_every"),
 )
 """Options that may be others when a run is resumed: what files hold is not known by their paths."""
 
@@ -114,6 +114,11 @@ def parse_args(argv=None):
     parser.add_argument(
         "--names", action=argparse.BooleanOptionalAction, default=True, help="names are one token"
     )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="in the end, scale the logits to fit one half of the stories held out",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate-every", type=int, default=250)
     parser.add_argument("--checkpoint-every", type=int, default=100)
@@ -166,18 +171,51 @@ def schedule(step, args):
     return warm * min(1.0, 2 * (1 - step / args.steps))
 
 
+def padded(encoded):
+    """Batches of stories, each beginning anew: (inputs, targets), -100 behind their ends."""
+    for start in range(0, len(encoded), 16):
+        rows = [torch.from_numpy(ids.astype(np.int64)) for ids in encoded[start : start + 16]]
+        batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+        yield batch.clamp(min=0)[:, :-1], batch[:, 1:]
+
+
+def calibrate(model, encoded):
+    """Scale the final norm's gain, and so all logits, to fit stories best; return the scale.
+
+    Temperature scaling (Guo et al., 2017): min of CE(y, s z), convex in s, over 1/2 <= s <= 2. A
+    student learns from teachers on stories that they know by heart, and becomes as sure of others.
+    """
+    model.eval()
+    with torch.no_grad():
+        logits, targets = zip(
+            *[(model(x, use_cache=False).logits[y >= 0], y[y >= 0]) for x, y in padded(encoded)],
+            strict=True,
+        )
+    logits, targets = torch.cat(logits), torch.cat(targets)
+    scale = torch.ones((), requires_grad=True)
+    optimizer = torch.optim.LBFGS([scale], line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        entropy = F.cross_entropy(scale * logits, targets)
+        entropy.backward()
+        return entropy
+
+    optimizer.step(loss)
+    with torch.no_grad():
+        scale.clamp_(0.5, 2.0)
+        model.model.norm.weight *= scale
+    return scale.item()
+
+
 @torch.no_grad()
 def bits_per_character(model, encoded, texts):
     """Bits per character of whole stories, EOS included, each from an empty state."""
     model.eval()
     nats = 0.0
-    for start in range(0, len(encoded), 16):
-        rows = [torch.from_numpy(ids.astype(np.int64)) for ids in encoded[start : start + 16]]
-        batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
-        logits = model(batch.clamp(min=0)[:, :-1], use_cache=False).logits
-        nats += F.cross_entropy(
-            logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
-        ).item()
+    for inputs, targets in padded(encoded):
+        logits = model(inputs, use_cache=False).logits
+        nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
     model.train()
     return nats / math.log(2) / sum(map(len, texts))
 
@@ -213,6 +251,11 @@ def main(argv=None):
     if args.part < 1:
         random.Random(1).shuffle(train_texts)
         train_texts = train_texts[: int(args.part * len(train_texts))]
+    if args.calibrate and len(unseen_texts) < 2:
+        raise MCSDError(
+            "--calibrate must have two held-out stories or more but has "
+            f"{len(unseen_texts)}; leave it out, or give forty stories or more."
+        )
     model_file = args.out / "tokenizer.model"
     if not model_file.exists():
         proto = train_sentencepiece(
@@ -341,6 +384,10 @@ def main(argv=None):
             )
             write_atomically(log_path, "".join(json.dumps(line) + "\n" for line in log).encode())
     bar.close()
+    scale = 1.0
+    if args.calibrate:
+        scale = calibrate(model, unseen[::2])
+        unseen, unseen_texts = unseen[1::2], unseen_texts[1::2]  # the other half is measured
     hf = args.out / "hf"
     # How a story reads best; generate() and mlx_mcsd.generate take it from here.
     model.generation_config.update(do_sample=True, temperature=0.7, top_p=0.95, max_new_tokens=400)
@@ -352,6 +399,7 @@ def main(argv=None):
         "parameters": parameters,
         "bits_per_character_unseen": round(bits_per_character(model, unseen, unseen_texts), 4),
         "unseen": {"stories": len(unseen), "characters": sum(map(len, unseen_texts))},
+        "logit_scale": round(scale, 4),
         "training_tokens_seen": tokens_before + step * args.batch * args.length,
         "training_tokens_before": tokens_before,
         "teachers": [

@@ -86,15 +86,15 @@ def test_the_one_who_was_asked_for_is_in_the_story(card, root, monkeypatch):
     named, looping, ended = map(
         int, re.search(r"of 100 fresh ones, (\d+) .*?, (\d+) loop .*?, (\d+) end", card).groups()
     )
-    assert named >= 80 and looping == 0 and ended >= 95
+    assert named >= 90 and looping == 0 and ended >= 95
     counts, replies = measure(resolve(), 20, seed=3)
     told = [r["reply"] for r in replies]
-    assert counts["named"] >= 12, told  # a fifth fewer; chance: some of five hundred names
+    assert counts["named"] >= 15, told  # chance: some of five hundred names
     assert counts["loops"] <= 1 and counts["ended"] >= 17, told
 
 
 def test_the_card_names_the_data_it_was_trained_on(card, data_dir):
-    rows = re.findall(r"\| (\S+) \| `([0-9a-f]{64})` \|", card)
+    rows = re.findall(r"^\| (\S+) \| `([0-9a-f]{64})` \|", card, re.MULTILINE)
     assert len(rows) == 4
     for name, digest in rows:
         (path,) = data_dir.rglob(name)
@@ -109,7 +109,7 @@ def test_bits_per_character_on_stories_it_never_saw(bundled, card, data_dir, roo
     cased, lower = ("train_head_2MiB.txt", "train_lower_rest.txt")
     data = data_dir / "tinystories"
     _, unseen = load_stories([data / cased], [data / lower])
-    stories = unseen[:12]  # of 114, which take minutes without OpenBLAS
+    stories = unseen[1:24:2]  # of the 57 that calibrated nothing, minutes without OpenBLAS
     nats = 0.0
     for story in stories:
         ids = mx.array([*tokenizer.encode(story), tokenizer.eos_token_id])
@@ -117,5 +117,5 @@ def test_bits_per_character_on_stories_it_never_saw(bundled, card, data_dir, roo
         nats += nn.losses.cross_entropy(logits, ids[1:], reduction="sum").item()
     bits = nats / math.log(2) / sum(map(len, stories))
     claimed = float(re.search(r"\*\*([\d.]+)\*\* in float16", card)[1])
-    assert claimed <= 0.96
+    assert claimed <= 0.9
     assert bits == pytest.approx(claimed, abs=0.06)  # twelve stories stand for the slice

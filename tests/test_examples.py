@@ -213,8 +213,13 @@ def test_teachers_say_together_what_comes_next(taught):
     torch.testing.assert_close(found, expected)
 
 
-def test_a_student_starts_from_weights_and_learns_from_teachers(train, taught, tmp_path, capsys):
+def test_a_student_starts_from_weights_and_learns_from_teachers(
+    train, taught, stories, tmp_path, capsys
+):
+    import train_stories
+
     folders, _, _ = taught
+    cased = stories["cased"]
     flat = folders[1].parent / "flat.pt"
     begun = torch.load(flat, weights_only=True)["model"]
     still = train(tmp_path / "still", 1, init_from=flat, lr=0)
@@ -238,6 +243,9 @@ def test_a_student_starts_from_weights_and_learns_from_teachers(train, taught, t
         assert f"the folder hf of a run that has ended but {folder} is not" in error
     assert f"{folders[0]} has another" in refusal("other", teachers=folders[0], vocab_size=331)
     assert "between 0 and 1 but is 1.5" in refusal("more", teachers=folders[0], distill=1.5)
+    with pytest.raises(SystemExit):
+        train_stories.main([*map(str, ["--out", tmp_path, "--stories", cased, "--calibrate"])])
+    assert "must have two held-out stories or more but has 1" in capsys.readouterr().err
     train(tmp_path / "first", 1, teachers=folders[0])
     assert "of a run with teachers = [" in refusal("first", teachers=folders[1])
 
@@ -246,6 +254,12 @@ def test_the_bundled_model_is_made_by_one_command(stories, tmp_path, monkeypatch
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import bundle_stories
 
+    kinds = ["dog", "cat", "bird", "fish", "frog", "bear", "cow", "pig", "fox", "mouse"]
+    heroes = [f"{name} the {kind}" for name in ("Max", "Lily", "Tom", "Mia") for kind in kinds]
+    many = (
+        f"Once {hero} ran to the park.\n{hero} saw a ball and was very happy." for hero in heroes
+    )
+    stories["cased"].write_text("\n<|endoftext|>\n".join(many))
     words = ["--run", tmp_path / "run", "--mlx-path", tmp_path / "mlx", "--q-bits", 8]
     words += ["--replies", 2, "--stories", stories["cased"], "--no-names", "--vocab-size", 330]
     words += ["--hidden-size", 32, "--channels", 2, "--layers", 1, "--intermediate-size", 32]
@@ -264,9 +278,35 @@ def test_the_bundled_model_is_made_by_one_command(stories, tmp_path, monkeypatch
     weights = [tmp_path / "run" / f"teacher-{n}" / "hf" / "model.safetensors" for n in (1, 2)]
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in weights]
     assert [teacher["sha256"] for teacher in facts["teachers"]] == digests
-    assert all(digest in card for digest in digests) and "That was so for 2 teachers" in card
+    assert all(digest in card for digest in digests) and "So were 2 teachers trained" in card
+    assert facts["unseen"]["stories"] == 1 and facts["logit_scale"] != 1
+    assert f"multiplied by {facts['logit_scale']:.3f}, which" in card
     assert facts["training_tokens_before"] == 32 and facts["training_tokens_seen"] == 96
     assert json.loads((tmp_path / "mlx" / "config.json").read_text())["quantization"]["bits"] == 8
+
+
+def test_logits_are_scaled_to_fit(taught, tmp_path):
+    from train_stories import bits_per_character, calibrate
+
+    from mlx_mcsd.convert.reference.modeling_mcsd import MCSDForCausalLM
+
+    folders, _, tokens = taught
+    model = MCSDForCausalLM.from_pretrained(folders[0])
+    with torch.no_grad():
+        model.model.norm.weight *= 40
+    torch.manual_seed(0)
+    plain = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "eos_token_id": None}
+    said = [*model.generate(tokens[:, :1], max_new_tokens=400, **plain).numpy()]
+    with torch.no_grad():
+        model.model.norm.weight *= 1.25  # surer than it was when it spoke
+    assert calibrate(model, said) == pytest.approx(1 / 1.25, abs=0.03)
+    best = bits_per_character(model, said, ["a"] * 2)
+    for other in 0.98, 1.02:
+        with torch.no_grad():
+            model.model.norm.weight *= other
+        assert bits_per_character(model, said, ["a"] * 2) > best
+        with torch.no_grad():
+            model.model.norm.weight /= other
 
 
 def test_the_recipe_keeps_its_runs_apart(stories, tmp_path, capsys):
