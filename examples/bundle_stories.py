@@ -72,9 +72,12 @@ held out best. The figures are of the other half; the picture is of both, before
 
 def train(run, flags):
     """Train teachers and storyteller; a flag that is given counts where the recipe has it too."""
-    for flag in ("--out", "--teachers", "--init-from"):
-        if flag in flags:
-            raise MCSDError(f"{flag} is chosen by the recipe but was given; leave it out.")
+    given = train_stories.parse_args(["--out", str(run), *flags])
+    if given.out != run or given.teachers or given.init_from:
+        raise MCSDError(
+            "--out, --teachers and --init-from are chosen by the recipe but one was given; leave "
+            "it out."
+        )
     folders = [run / f"teacher-{number}" for number in range(1, len(TEACHERS) + 1)]
     if (run / "checkpoint.pt").exists() and not (folders[-1] / "facts.json").exists():
         raise MCSDError(f"--run must be new or this recipe's but {run} holds another training.")

@@ -64,7 +64,7 @@ def parse_args(argv=None):
         "--teachers", nargs="*", default=[], help="folders OUT/hf of runs to learn from as well"
     )
     parser.add_argument("--distill", type=float, default=0.9, help="weight of the teachers' loss")
-    parser.add_argument("--init-from", type=Path, help="file OUT/flat.pt of a run to start from")
+    parser.add_argument("--init-from", type=Path, help="file OUT/flat.pt of a run to begin with")
     parser.add_argument("--part", type=float, default=1.0, help="of the stories to learn from")
     parser.add_argument("--vocab-size", type=int, default=3072)
     parser.add_argument("--hidden-size", type=int, default=320)
@@ -176,8 +176,9 @@ def start_from(model, path, identity):
     """Load the weights of a flat.pt of the same shape and tokenizer; return the tokens they saw."""
     try:
         saved = torch.load(path, weights_only=True)
-        same = {name: saved[name] for name in identity} == identity
-        model.load_state_dict(saved["model"] if same else {})
+        if {name: saved[name] for name in identity} != identity:
+            raise ValueError("another shape or tokenizer")
+        model.load_state_dict(saved["model"])
         return saved["tokens_seen"]
     except Exception:  # torch raises a dozen kinds for files that are something else
         raise MCSDError(

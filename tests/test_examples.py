@@ -280,6 +280,8 @@ def test_the_bundled_model_is_made_by_one_command(stories, tmp_path, monkeypatch
     assert [teacher["sha256"] for teacher in facts["teachers"]] == digests
     assert all(digest in card for digest in digests) and "So were 2 teachers trained" in card
     assert facts["unseen"]["stories"] == 1 and facts["logit_scale"] != 1
+    teacher = json.loads((tmp_path / "run" / "teacher-1" / "unseen.json").read_text())
+    assert json.loads((tmp_path / "run" / "unseen.json").read_text()) == teacher[1:]
     assert f"multiplied by {facts['logit_scale']:.3f}, the number" in card
     assert facts["training_tokens_before"] == 32 and facts["training_tokens_seen"] == 96
     assert json.loads((tmp_path / "mlx" / "config.json").read_text())["quantization"]["bits"] == 8
@@ -315,10 +317,12 @@ def test_the_recipe_keeps_its_runs_apart(stories, tmp_path, capsys):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "checkpoint.pt").write_bytes(b"")
     for run, flags, wanted in (
-        ("new", ["--init-from", "flat.pt"], "--init-from is chosen by the recipe but was given"),
-        ("old", ["--stories", "a.txt"], f"{tmp_path / 'old'} holds another training"),
+        ("new", ["--init-from=flat.pt"], "--init-from are chosen by the recipe but one was given"),
+        ("new", ["--out", "other"], "--init-from are chosen by the recipe but one was given"),
+        ("old", [], f"{tmp_path / 'old'} holds another training"),
     ):
-        words = ["--run", tmp_path / run, "--mlx-path", tmp_path / "mlx", *flags]
+        words = ["--run", tmp_path / run, "--mlx-path", tmp_path / "mlx", "--stories", "a.txt"]
+        words += flags
         with pytest.raises(SystemExit):
             bundle_stories.main([*map(str, words)])
         assert wanted in capsys.readouterr().err
