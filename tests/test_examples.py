@@ -405,6 +405,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_weights(train, tmp_path, monk
     resumed = train(tmp_path / "resumed", 6, **options)
     model = "hf/model.safetensors"
     assert (resumed / model).read_bytes() == (whole / model).read_bytes()
+    assert (resumed / "facts.json").read_text() == (whole / "facts.json").read_text()
     alone = train(tmp_path / "alone", 6, init_from=teacher / "flat.pt")
     assert (alone / model).read_bytes() != (whole / model).read_bytes()
 
