@@ -17,6 +17,7 @@ import tqdm
 
 import tiny
 from mlx_mcsd import load
+from storybook import stories, train  # noqa: F401, fixtures
 
 ROOT = Path(__file__).resolve().parent.parent
 
