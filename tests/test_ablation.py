@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from test_examples import CASED, EXAMPLES, LOWER
+from storybook import CASED, EXAMPLES, LOWER
 
 OPTIONS = {
     **{"vocab-size": 330, "hidden-size": 16, "channels": 2, "layers": 1, "seeds": 2},

@@ -56,6 +56,27 @@ def test_teachers_say_together_what_comes_next(taught):
     torch.testing.assert_close(found, expected)
 
 
+def test_names_are_left_to_the_text(stories, tmp_path, monkeypatch):
+    import train_stories
+    from stories_requests import NAME_PIECES
+
+    class SeenError(Exception):
+        pass
+
+    def look(folders, tokenizer, is_name, weight):
+        raise SeenError(tokenizer, is_name)
+
+    monkeypatch.setattr(train_stories, "Teachers", look)
+    words = ["--out", tmp_path / "run", "--stories", stories["cased"], "--vocab-size", 1320]
+    words += ["--hidden-size", 16, "--channels", 2, "--layers", 1, "--threads", 1]
+    with pytest.raises(SeenError) as seen:
+        train_stories.main([*map(str, words)])
+    tokenizer, is_name = seen.value.args
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
+    names = [processor.id_to_piece(i) for i in is_name.nonzero().flatten().tolist()]
+    assert sorted(names) == sorted(NAME_PIECES)
+
+
 def test_a_student_starts_from_weights_and_learns_from_teachers(
     train, taught, stories, tmp_path, capsys
 ):
