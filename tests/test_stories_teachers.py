@@ -176,6 +176,9 @@ def test_logits_are_scaled_to_fit(taught, tmp_path):
         model.model.norm.weight *= 1.25  # surer than it was when it spoke
     assert calibrate(model, said) == pytest.approx(1 / 1.25, abs=0.03)
     best = bits_per_character(model, said, ["a"] * 2)
+    short, long = said[0][:50], said[1]
+    apart = [bits_per_character(model, [ids], ["a"]) for ids in (short, long)]
+    assert bits_per_character(model, [short, long], ["a"] * 2) == pytest.approx(sum(apart) / 2)
     for other in 0.98, 1.02:
         with torch.no_grad():
             model.model.norm.weight *= other
